@@ -1,0 +1,116 @@
+"""NVFP4: E2M1 codes, one E4M3 scale per 16 weights, one float32 scale per tensor (4.5 bits a weight).
+
+value = e2m1(code) * e4m3(block_scale) * weight_scale_2.  File layout: facts of comfy-kitchen's
+``TensorCoreNVFP4Layout``; scales swizzled for cuBLAS (docs.nvidia.com/cuda/cublas, "1D block scaling").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy_kitchen as ck
+import torch
+from comfy_kitchen.float_utils import from_blocked, pack_uint4, to_blocked
+
+from . import base
+from .base import Codes, FileTensors, Layout, Shape, roundup
+
+BLOCK = 16
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+
+
+class NVFP4:
+    name = "nvfp4"
+    title = "NVFP4"
+    rows = BLOCK
+
+    def obstacle(self, shape: Shape) -> str:
+        shared = base.finite_2d(shape)
+        if shared:
+            return shared
+        rows, cols = shape
+        # ComfyUI reads layer sizes off the stored tensor when it detects a model, so padding would change them;
+        # Blackwell's kernel wants K % 32 == 0.
+        if rows % BLOCK or cols % 32:
+            return f"{rows}x{cols} does not divide by 16 rows and 32 columns"
+        return ""
+
+    def layout(self, shape: Shape) -> Layout:
+        rows, cols = (roundup(n, BLOCK) for n in shape)
+        return {
+            "weight": (torch.uint8, (rows, cols // 2)),
+            "weight_scale": (torch.float8_e4m3fn, (roundup(rows, 128), roundup(cols // BLOCK, 4))),
+            "weight_scale_2": (torch.float32, ()),
+        }
+
+    def config(self, full_precision: bool = False) -> dict[str, Any]:
+        return base.with_precision({"format": self.name}, full_precision)
+
+    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
+        return base.power_of_two_at_least(amax / (E2M1_MAX * E4M3_MAX))
+
+    def quantize(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> Codes:
+        weight = base.pad(weight, BLOCK)
+        blocks = weight.view(weight.shape[0], -1, BLOCK)
+        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / tensor_scale)  # 0 / 0 in an all-zero tensor
+        scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+        return Codes(self.codes(weight, scale, tensor_scale), scale, tensor_scale)
+
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+        """Nearest E2M1 codes, uint8 [R, C], of a padded float32 weight for given block scales [R, C / 16]."""
+        blocks = weight.view(weight.shape[0], -1, BLOCK)
+        step = (tensor_scale * scale.float()).unsqueeze(-1)
+        scaled = torch.where(step == 0, torch.zeros_like(blocks), blocks / step)
+        return round_e2m1(scaled).view(weight.shape)
+
+    def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
+        step = codes.tensor_scale * codes.scale.float()
+        values = e2m1_value(codes.data).view(codes.data.shape[0], -1, BLOCK) * step.unsqueeze(-1)
+        return values.view(codes.data.shape)[: shape[0], : shape[1]]
+
+    def pack(self, codes: Codes) -> FileTensors:
+        return {
+            "weight": pack_uint4(codes.data, hi_first=True),
+            "weight_scale": to_blocked(codes.scale, flatten=False),
+            "weight_scale_2": codes.tensor_scale,
+        }
+
+    def kernel(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> FileTensors:
+        if tensor_scale == 0:  # comfy-kitchen divides 0 by 0 here and stores NaN scales
+            return self.pack(self.quantize(weight, tensor_scale))
+        packed, scale = ck.quantize_nvfp4(weight, tensor_scale, pad_16x=True)
+        return {"weight": packed, "weight_scale": scale, "weight_scale_2": tensor_scale}
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
+        scale = tensors["weight_scale"].view(torch.float8_e4m3fn)
+        full = ck.dequantize_nvfp4(tensors["weight"], tensors["weight_scale_2"], scale, output_type=torch.float32)
+        return full[: shape[0], : shape[1]]
+
+    def unpack_scale(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Block scales in plain row order, float8_e4m3fn [R, C / 16]."""
+        rows, half = tensors["weight"].shape
+        return from_blocked(tensors["weight_scale"], rows, half * 2 // BLOCK)
+
+
+def round_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Nearest E2M1 code (ties to even, saturating) as uint8: sign << 3 | exponent << 1 | mantissa.
+
+    The grid 0 .5 1 1.5 2 | 2 3 4 | 4 6 has steps .5, 1 and 2; counted in its own step each part is an integer
+    grid with its own offset, and the smallest of the three counts is the right one.
+    """
+    y = x.abs().clamp_(max=E2M1_MAX)
+    code = torch.minimum(torch.round(y * 2), torch.round(y).add_(2))
+    code = torch.minimum(code, torch.round(y * 0.5).add_(4)).to(torch.uint8)
+    return code.bitwise_or_(torch.signbit(x).to(torch.uint8).mul_(8))
+
+
+def e2m1_value(code: torch.Tensor) -> torch.Tensor:
+    """float32 value of E2M1 codes (uint8): the inverse of the three counts above."""
+    count = (code & 7).float()
+    value = torch.maximum(torch.maximum(count * 0.5, count - 2), count * 2 - 8)
+    return torch.where(code > 7, -value, value)
+
+
+FORMAT = NVFP4()

@@ -1,0 +1,263 @@
+"""The jobs: quantize a source by a plan, convert another FP8 dialect to the native one, describe a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .architectures import detect
+from .checkpoint import DTYPES, Checkpoint, Hasher, TensorSpec, Writer, check_target
+from .errors import CalibQuantError
+from .formats import FORMATS, SOURCE
+from .layout import PROVENANCE_KEY, encode_config, layer_config, output_metadata, output_specs, predicted_size
+from .pack import nearest, pick_device
+from .plan import LayerPlan, Plan
+from .quality import LayerReport, Progress, Report
+from .source import FP8, METADATA_KEY, NATIVE, Source, declared_formats, split_prefix
+
+# Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
+Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+def quantize(
+    source: Source,
+    plan: Plan,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    merge: Merge | None = None,
+    merged: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
+
+    merge bakes patches into weights in float32 before anything else; merged describes them in the header.
+    progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
+    Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    _not_itself(source.checkpoint, output)
+    where, merge = pick_device(device), merge or {}
+    specs = output_specs(source, plan)
+    metadata = output_metadata(source, plan, merged=merged)
+    check_target(output, predicted_size(source, plan, merged), overwrite)
+    _check_merge(source, merge)
+    hasher = Hasher(source.checkpoint.files)
+    try:
+        with Writer(output, specs, metadata, overwrite) as writer:
+            layers = _write_tensors(source, plan, writer, where, merge, progress)
+            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged))
+    finally:
+        hasher.cancel()
+    return Report(
+        str(source.path),
+        str(output),
+        source.architecture.name,
+        plan.recipe,
+        source.checkpoint.nbytes(),
+        output.stat().st_size,
+        time.perf_counter() - started,
+        layers,
+    )
+
+
+def _write_tensors(
+    source: Source, plan: Plan, writer: Writer, device: torch.device, merge: Merge, progress: Progress | None
+) -> list[LayerReport]:
+    keys = [key for key in source.checkpoint.entries if key not in source.consumed]
+    reports = []
+    for i, key in enumerate(keys):
+        if progress:
+            progress(i, len(keys), key)
+        layer = key.removesuffix(".weight")
+        entry = plan.layers.get(layer) if key.endswith(".weight") else None
+        if entry and entry.format != SOURCE:
+            reports.append(_write_layer(source, layer, entry, writer, device, merge))
+            continue
+        if key in merge or source.is_scaled(key):
+            weight = source.load(layer) if key.endswith(".weight") else source.checkpoint.read(key)
+            dtype = source.kept_dtype(layer) if key.endswith(".weight") else weight.dtype
+            writer.write(key, _merged(weight, key, merge).to(dtype))
+        else:
+            writer.write_chunks(key, source.checkpoint.chunks(key))
+        if entry:
+            nbytes = source.kept_dtype(layer).itemsize * source.checkpoint.entries[key].nbytes
+            nbytes //= DTYPES[source.checkpoint.entries[key].dtype].itemsize
+            reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), nbytes, entry.reason))
+    if progress:
+        progress(len(keys), len(keys), "done")
+    return reports
+
+
+def _write_layer(
+    source: Source, layer: str, entry: LayerPlan, writer: Writer, device: torch.device, merge: Merge
+) -> LayerReport:
+    weight = _merged(source.load(layer), f"{layer}.weight", merge)
+    packed = nearest(weight, FORMATS[entry.format], device, f"{source.path}: layer {layer}")
+    tensors = {**packed.tensors}
+    config = layer_config(entry)
+    if config is not None:
+        tensors["comfy_quant"] = encode_config(config)
+    for suffix, tensor in tensors.items():
+        writer.write(f"{layer}.{suffix}", tensor)
+    nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+    error = packed.error / packed.energy if packed.energy else packed.error
+    return LayerReport(layer, entry.format, error, source.shape(layer), nbytes, entry.reason)
+
+
+def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:
+    return merge[key](weight.float()) if key in merge else weight
+
+
+def _check_merge(source: Source, merge: Merge) -> None:
+    for key in merge:
+        if key not in source.checkpoint.entries:
+            raise CalibQuantError(
+                f"{source.path}: has no tensor {key}, which a LoRA patches: link the MODEL that was loaded from this file"
+            )
+
+
+def _not_itself(checkpoint: Checkpoint, output: Path) -> None:
+    if output.exists() and any(output.samefile(file) for file in checkpoint.files):
+        raise CalibQuantError(f"{output}: is the source itself: give another output name")
+
+
+# --- other dialects ----------------------------------------------------------------------------------------------
+
+
+def convert(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """HSWQ V2 (``.scale``) or legacy ``scaled_fp8`` -> ComfyUI's native dialect; codes are kept bit for bit.
+
+    Conv weights, which have no scale in the native dialect, become the model's 16-bit dtype. Returns how many
+    layers and Conv weights were converted. Raises CalibQuantError when there is nothing to convert.
+    """
+    output = Path(output)
+    with Source(path) as source:
+        _not_itself(source.checkpoint, output)
+        if source.dialect is None or source.dialect is NATIVE:
+            what = "is in the native dialect already" if source.dialect else "has no FP8 weights with a scale"
+            raise CalibQuantError(f"{source.path}: {what}: nothing to convert")
+        layers = {name: _native_tensors(source, name) for name in source.layers if source.scale_key(name)}
+        specs = _converted_specs(source, layers)
+        configs = {name: json.loads(bytes(t["comfy_quant"].tolist())) for name, t in layers.items()}
+        kept = {k: v for k, v in source.checkpoint.metadata.items() if k != METADATA_KEY}
+        metadata = {**kept, METADATA_KEY: json.dumps({"format_version": "1.0", "layers": configs})}
+        converted = 0
+        with Writer(output, specs, metadata, overwrite) as writer:
+            for i, spec in enumerate(specs):
+                if progress:
+                    progress(i, len(specs), spec.name)
+                layer, _, suffix = spec.name.rpartition(".")
+                if layer in layers and suffix in layers[layer]:
+                    writer.write(spec.name, layers[layer][suffix])
+                elif source.is_scaled(spec.name) and layer not in layers:
+                    writer.write(spec.name, source.load(layer).to(spec.dtype))
+                    converted += 1
+                else:
+                    writer.write_chunks(spec.name, source.checkpoint.chunks(spec.name))
+        return {"layers": len(layers), "convolutions": converted}
+
+
+def _native_tensors(source: Source, layer: str) -> dict[str, torch.Tensor]:
+    """The small tensors that make a layer native; the codes themselves are copied."""
+    dialect, read = source.dialect, source.checkpoint.read
+    scale = read(layer + dialect.scale).float()
+    if scale.numel() != 1:
+        raise CalibQuantError(
+            f"{source.path}: layer {layer} has {scale.numel()} scales, native FP8 takes one: use calibquant quantize"
+        )
+    tensors = {"weight_scale": scale.reshape(())}
+    input_key = layer + dialect.input_scale if dialect.input_scale else ""
+    if input_key in source.checkpoint.entries:
+        value = read(input_key).float().reshape(())
+        if value != 1.0:  # the legacy loader takes 1.0 as "not given"
+            tensors["input_scale"] = value
+    e5m2 = source.checkpoint.entries[layer + ".weight"].dtype == "F8_E5M2"
+    config: dict[str, Any] = {"format": "float8_e5m2" if e5m2 else "float8_e4m3fn"}
+    if _weight_only(source) and "input_scale" not in tensors:
+        config["full_precision_matrix_mult"] = True
+    return {**tensors, "comfy_quant": encode_config(config)}
+
+
+def _weight_only(source: Source) -> bool:
+    """HSWQ files were made for 16-bit activations; a legacy file says so by a marker of two elements."""
+    marker = source.prefix + (source.dialect.marker or "")
+    if not source.dialect.marker:
+        return True
+    return marker in source.checkpoint.entries and source.checkpoint.entries[marker].shape == (2,)
+
+
+def _converted_specs(source: Source, layers: Mapping[str, Mapping[str, torch.Tensor]]) -> list[TensorSpec]:
+    specs = []
+    for key, entry in source.checkpoint.entries.items():
+        layer = key.removesuffix(".weight")
+        if key in source.consumed:
+            continue
+        as_is = layer in layers or not source.is_scaled(key)
+        specs.append(TensorSpec(key, DTYPES[entry.dtype] if as_is else source.model_dtype, entry.shape))
+        if key.endswith(".weight") and layer in layers:
+            specs += [TensorSpec(f"{layer}.{n}", t.dtype, tuple(t.shape)) for n, t in layers[layer].items()]
+    return specs
+
+
+# --- what a file is ----------------------------------------------------------------------------------------------
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Architecture, layers per format, bytes and provenance of any checkpoint, from headers only.
+
+    (Inline ``comfy_quant`` tensors are read too, a few bytes per layer.)
+    """
+    with Checkpoint(path) as checkpoint:
+        prefix = split_prefix(checkpoint.entries)
+        model = {k: e for k, e in checkpoint.entries.items() if k.startswith(prefix)}
+        declared = declared_formats(checkpoint, prefix)
+        architecture = detect(model, {k: e.shape for k, e in model.items()})
+        layers = {}
+        for key, entry in model.items():
+            if key.endswith(".weight") and len(entry.shape) == 2:
+                layer = key.removesuffix(".weight")
+                bare = "float8_e4m3fn_unscaled" if entry.dtype in FP8 else entry.dtype
+                layers[layer] = {"format": declared.get(layer, bare), "shape": list(entry.shape), "bytes": entry.nbytes}
+        return {
+            "file": str(checkpoint.path),
+            "files": len(checkpoint.files),
+            "bytes": checkpoint.nbytes(),
+            "tensors": len(checkpoint.entries),
+            "architecture": architecture.name,
+            "architecture_title": architecture.title,
+            "prefix": prefix,
+            "other_tensors": len(checkpoint.entries) - len(model),
+            "formats": dict(Counter(layer["format"] for layer in layers.values())),
+            "dtypes": _bytes_per_dtype(checkpoint),
+            "layers": layers,
+            "provenance": _provenance(checkpoint),
+        }
+
+
+def _bytes_per_dtype(checkpoint: Checkpoint) -> dict[str, int]:
+    totals: Counter[str] = Counter()
+    for entry in checkpoint.entries.values():
+        totals[entry.dtype] += entry.nbytes
+    return dict(totals.most_common())
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    try:
+        return json.loads(checkpoint.metadata.get(PROVENANCE_KEY, "null"))
+    except ValueError:
+        return None

@@ -1,0 +1,268 @@
+"""Recipes: named rule sets that make a plan, and the same rules in convert_to_quant's command-line words.
+
+A recipe says what is *wanted* for each layer; :func:`legal` then says what is *possible* (protected layers, layers
+whose shape ComfyUI reads to detect the model, shapes that do not divide) and writes the reason into the plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .architectures import LayerInfo
+from .errors import CalibQuantError
+from .formats import FORMATS, SOURCE, by_name, title
+from .layout import predicted_size
+from .plan import LayerPlan, Plan
+from .source import Source
+
+# What a layer falls back to when its shape does not fit: 8 bit first, 16 bit last.
+FALLBACK = {"nvfp4": "mxfp8", "mxfp8": "float8_e4m3fn", "int8_tensorwise": SOURCE, "float8_e4m3fn": SOURCE}
+# FP8 without a calibrated input_scale would quantize activations at scale 1.0 (56 % error at x ~ 1e-3).
+WEIGHT_ONLY = {"float8_e4m3fn": "weights only (w8a16): no calibrated input_scale"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """First match wins. The pattern is *searched* in ``<layer>.weight``, as convert_to_quant does."""
+
+    pattern: str
+    format: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``base`` for every layer that no rule matches. ``architectures`` limits a recipe to the families it is for."""
+
+    name: str
+    title: str
+    base: str
+    rules: tuple[Rule, ...] = ()
+    architectures: tuple[str, ...] = ()
+    convolutions: bool = False
+    warning: str = ""
+
+
+def _zimage_kept(precedence: str) -> tuple[Rule, ...]:
+    return (
+        Rule(
+            r"^(?:model\.diffusion_model\.)?layers\.29\.attention\.qkv\.",
+            SOURCE,
+            f"last attention: only the final layer follows ({precedence})",
+        ),
+        Rule(
+            r"layers\.(?:2[2-9])\.adaLN_modulation\.0\.", SOURCE, f"late modulation sets scale and shift ({precedence})"
+        ),
+        Rule(
+            r"context_refiner\.[01]\.attention\.out\.|context_refiner\.1\.feed_forward\.w2\.|"
+            r"noise_refiner\.1\.(?:attention\.(?:qkv|out)|feed_forward\.w2)\.|noise_refiner\.[01]\.feed_forward\.w3\.",
+            SOURCE,
+            f"a refiner has two blocks only ({precedence})",
+        ),
+    )
+
+
+_ZIMAGE_8BIT = (
+    Rule(r"^(?:model\.diffusion_model\.)?layers\.(?:10|16|26|27|28)\.attention\.qkv\.", "mxfp8", "sensitive attention"),
+    Rule(
+        r"^(?:model\.diffusion_model\.)?layers\.(?:0|1|3|6|9|1[1-4]|19|20|2[6-9])\.attention\.out\.",
+        "mxfp8",
+        "sensitive attention output",
+    ),
+    Rule(r"^(?:model\.diffusion_model\.)?layers\.(?:[3-9]|[12]\d)\.feed_forward\.w1\.", "mxfp8", "w1 is the gate"),
+    Rule(r"layers\.(?:1[6-9]|2[01])\.adaLN_modulation\.0\.", "mxfp8", "middle modulation"),
+    Rule(
+        r"context_refiner\.[01]\.(?:attention\.qkv|feed_forward\.w[123])\.|"
+        r"noise_refiner\.0\.(?:attention\.(?:qkv|out)|feed_forward\.w[12])\.|noise_refiner\.1\.feed_forward\.w1\.",
+        "mxfp8",
+        "a refiner has two blocks only",
+    ),
+)
+
+RECIPES: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        Recipe("nvfp4", "Every layer NVFP4 where it fits", "nvfp4"),
+        Recipe("mxfp8", "Every layer MXFP8 where it fits", "mxfp8"),
+        Recipe("fp8", "Every layer FP8 with a scale", "float8_e4m3fn"),
+        Recipe("int8", "Every layer INT8 per row", "int8_tensorwise"),
+        Recipe(
+            "fp8-unscaled",
+            "Plain FP8 cast that any FP8 loader reads, Conv weights included",
+            "float8_e4m3fn_unscaled",
+            convolutions=True,
+            warning="a plain cast costs 1.6x (sigma .02) to 18x (sigma .005) the error of FP8 with a scale: "
+            "prefer --recipe fp8 wherever ComfyUI loads the file",
+        ),
+        # facts/seeds.md E: the two published Z-Image Turbo recipes. In the first the 8-bit list has priority.
+        Recipe(
+            "zimage-nvfp4-mixed",
+            "Z-Image: NVFP4 with MXFP8 and BF16 where it hurts",
+            "nvfp4",
+            (*_ZIMAGE_8BIT, *_zimage_kept("published recipe")),
+            ("zimage",),
+        ),
+        Recipe(
+            "zimage-mxfp8-uniform",
+            "Z-Image: MXFP8, the same layers kept",
+            "mxfp8",
+            _zimage_kept("published recipe"),
+            ("zimage",),
+        ),
+    )
+}
+
+
+def make_plan(source: Source, recipe: Recipe | str, merged: str | None = None) -> Plan:
+    """The plan of a recipe (or its name) for a source, with its exact size.
+
+    ``merged`` describes LoRAs that will be baked in (it is part of the header, so of the size).
+    """
+    recipe = by_recipe_name(recipe) if isinstance(recipe, str) else recipe
+    if recipe.architectures and source.architecture.name not in recipe.architectures:
+        raise CalibQuantError(
+            f"{source.path}: recipe {recipe.name} is for {', '.join(recipe.architectures)}, this file is "
+            f"{source.architecture.name}: use nvfp4, mxfp8, fp8 or int8"
+        )
+    rules = _compile(recipe.rules)
+    layers = {}
+    for layer, info in source.layers.items():
+        wanted = next((r for pattern, r in rules if pattern.search(layer + ".weight")), None)
+        wish = LayerPlan(wanted.format, wanted.reason) if wanted else LayerPlan(recipe.base, f"recipe {recipe.name}")
+        layers[layer] = legal(wish, info, source.shape(layer), explicit=wanted is not None)
+    if recipe.convolutions:
+        in_blocks = (c for c in source.convolutions if source.architecture.describe(c).block is not None)
+        layers |= {c: LayerPlan(recipe.base, f"recipe {recipe.name}, Conv weight") for c in in_blocks}
+    plan = Plan(source.architecture.name, recipe.name, source.name, layers)
+    return replace(plan, size=predicted_size(source, plan, merged))
+
+
+def by_recipe_name(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise CalibQuantError(f"unknown recipe {name!r}: use one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bool = False) -> LayerPlan:
+    """The wish, or the nearest thing that the loader takes, with the reason.
+
+    Protected layers stay in the source dtype unless a rule names them (``explicit``).
+    """
+    if info.protected and not explicit:
+        return LayerPlan(SOURCE, info.protected)
+    fmt, reason = wish.format, wish.reason
+    while fmt != SOURCE:
+        obstacle = FORMATS[fmt].obstacle(shape) or (info.detects_shape if fmt == "nvfp4" else "")
+        if not obstacle:
+            note = WEIGHT_ONLY.get(fmt, "")
+            return LayerPlan(fmt, f"{reason}; {note}" if note else reason, wish.full_precision or bool(note))
+        reason = f"not {title(fmt)}: {obstacle}"
+        fmt = FALLBACK.get(fmt, SOURCE)
+    return LayerPlan(SOURCE, reason)
+
+
+def _compile(rules: Iterable[Rule]) -> list[tuple[re.Pattern[str], Rule]]:
+    compiled = []
+    for rule in rules:
+        try:
+            compiled.append((re.compile(rule.pattern), rule))
+        except re.error as e:
+            raise CalibQuantError(f"layer pattern {rule.pattern!r} is no regular expression: {e}") from e
+    return compiled
+
+
+# --- convert_to_quant's words ------------------------------------------------------------------------------------
+
+CTQ_TYPES = {"fp8": "float8_e4m3fn", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int8": "int8_tensorwise"}
+# Substrings of the key that a preset of the tool keeps in the source dtype (facts/convert_to_quant.md §4).
+CTQ_PRESETS: dict[str, tuple[str, ...]] = {
+    "zimage": (
+        "cap_embedder.0", "cap_pad_token", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "k_norm",
+        "q_norm", "x_pad_token", "x_embedder", "clip_text_pooled_proj", "final_layer", "cap_embedder.1",
+        "adaLN_modulation", "t_embedder", "time_text_embed",
+    ),
+    "zimage_refiner": (
+        "cap_embedder.0", "cap_pad_token", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "k_norm",
+        "q_norm", "x_pad_token", "context_refiner", "noise_refiner",
+    ),
+}  # fmt: skip
+
+
+def from_convert_to_quant(
+    base: str,
+    custom_layers: str | None = None,
+    custom_type: str | None = None,
+    exclude_layers: str | None = None,
+    presets: Iterable[str] = (),
+) -> Recipe:
+    """A recipe that decides as ``convert_to_quant --BASE --custom-layers … --custom-type … --exclude-layers …`` does.
+
+    The tool's precedence: custom layers beat exclusions, exclusions and presets beat the base format; patterns are
+    searched anywhere in the key. ``base`` and ``custom_type`` are the tool's names: fp8, mxfp8, nvfp4, int8.
+    Layers that stock ComfyUI could not load in the wanted format still fall back (:func:`legal`).
+    """
+    if bool(custom_layers) != bool(custom_type):
+        raise CalibQuantError("--custom-layers and --custom-type belong together: give both or none")
+    rules = []
+    if custom_layers and custom_type:
+        rules.append(Rule(custom_layers, _ctq_format(custom_type), "custom layer"))
+    if exclude_layers:
+        rules.append(Rule(exclude_layers, SOURCE, "excluded layer"))
+    for preset in presets:
+        if preset not in CTQ_PRESETS:
+            raise CalibQuantError(f"unknown preset {preset!r}: use one of {', '.join(CTQ_PRESETS)}")
+        kept = "|".join(re.escape(part) for part in CTQ_PRESETS[preset])
+        rules.append(Rule(kept, SOURCE, f"preset {preset}"))
+    return Recipe("convert_to_quant", "convert_to_quant options", _ctq_format(base), tuple(rules))
+
+
+def to_convert_to_quant(plan: Plan, source: str, output: str) -> str:
+    """A complete convert_to_quant command that makes the same decisions, one format per layer.
+
+    The tool takes a base and one custom format, so a plan with three quantized formats is refused.
+    """
+    names = {fmt: word for word, fmt in CTQ_TYPES.items()}
+    formats = [f for f in plan.count() if f != SOURCE]
+    unknown = [f for f in formats if f not in names]
+    if unknown or not 1 <= len(formats) <= 2:
+        raise CalibQuantError(
+            f"this plan uses {', '.join(formats) or 'no quantized format'}: convert_to_quant takes one base format "
+            f"and one custom format out of {', '.join(CTQ_TYPES)}"
+        )
+    base, *custom = sorted(formats, key=lambda f: -plan.count()[f])
+    words = ["convert_to_quant", "-i", source, "-o", output, "--comfy_quant", "--save-quant-metadata", "--simple"]
+    words += [] if base == "float8_e4m3fn" else [f"--{names[base]}"]
+    if custom:
+        chosen = [layer for layer, entry in plan.layers.items() if entry.format == custom[0]]
+        words += ["--custom-layers", exact_pattern(chosen), "--custom-type", names[custom[0]], "--custom-simple"]
+    kept = [layer for layer, entry in plan.layers.items() if entry.format == SOURCE]
+    if kept:
+        words += ["--exclude-layers", exact_pattern(kept)]
+    return " ".join(f'"{w}"' if re.search(r"[^\w./:=\-]", w) else w for w in words)
+
+
+def exact_pattern(layers: Iterable[str]) -> str:
+    """An anchored regular expression that matches the weight keys of exactly these layers; indices are folded."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer in layers:
+        head, number, tail = _split(layer)
+        groups.setdefault((head, tail), []).append(number)
+    parts = []
+    for (head, tail), numbers in groups.items():
+        index = "" if numbers == [""] else f"(?:{'|'.join(numbers)})"
+        parts.append(re.escape(head) + index + re.escape(tail))
+    return f"^(?:{'|'.join(parts)})\\.weight$"
+
+
+def _split(layer: str) -> tuple[str, str, str]:
+    """("layers.", "3", ".attention.qkv"): the first number that is a whole part of the name."""
+    match = re.search(r"(?<=\.)\d+(?=\.)", layer)
+    return (layer[: match.start()], match.group(), layer[match.end() :]) if match else (layer, "", "")
+
+
+def _ctq_format(word: str) -> str:
+    if word not in CTQ_TYPES:
+        raise CalibQuantError(f"unknown convert_to_quant type {word!r}: use one of {', '.join(CTQ_TYPES)}")
+    return by_name(CTQ_TYPES[word]).name
