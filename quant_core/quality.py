@@ -13,7 +13,7 @@ import torch
 from .checkpoint import Checkpoint
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE, title
-from .pack import squared_distance
+from .pack import squared_distance, squared_norm
 from .source import FP8, NATIVE, Source, apply_scale, declared_formats, read_config, split_prefix
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done); may raise to cancel
@@ -146,7 +146,7 @@ def layer_error(source: torch.Tensor, quantized: QuantizedFile, layer: str) -> f
                 f"{tuple(weight.shape)}: the two files are of different models"
             )
         error += squared_distance(weight, part)
-        energy += weight.square().sum(dtype=torch.float64).item()
+        energy += squared_norm(weight)
     return error / energy if energy else error
 
 
