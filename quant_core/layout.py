@@ -57,12 +57,11 @@ def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:
     return specs
 
 
-def output_metadata(
-    source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str | None = None
-) -> dict[str, str]:
+def output_metadata(source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "") -> dict[str, str]:
     """The source's own metadata plus the two entries of ours.
 
-    ``merged`` describes LoRAs baked into the weights. The hash keeps its length, so the size is known without it.
+    ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none. Both hashes have one length,
+    so the size is known without them.
     """
     untouched = {
         layer: config
@@ -77,7 +76,7 @@ def output_metadata(
         "recipe": plan.recipe,
         "rounding": "nearest",
         "calibration": None,
-        "merged": merged,
+        "merged_patches_sha256": merged or HASH_PLACEHOLDER,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
     }
     metadata = {k: v for k, v in source.checkpoint.metadata.items() if k not in (METADATA_KEY, PROVENANCE_KEY)}
@@ -87,9 +86,9 @@ def output_metadata(
     return metadata
 
 
-def predicted_size(source: Source, plan: Plan, merged: str | None = None) -> int:
+def predicted_size(source: Source, plan: Plan) -> int:
     """Exact bytes of the file that this plan makes of this source."""
-    return file_size(output_specs(source, plan), output_metadata(source, plan, merged=merged))
+    return file_size(output_specs(source, plan), output_metadata(source, plan))
 
 
 def check(source: Source, plan: Plan) -> None:

@@ -34,12 +34,12 @@ def quantize(
     overwrite: bool = False,
     device: str = "auto",
     merge: Merge | None = None,
-    merged: str | None = None,
+    merged: str = "",
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
 
-    merge bakes patches into weights in float32 before anything else; merged describes them in the header.
+    merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
     """
@@ -49,7 +49,7 @@ def quantize(
     where, merge = pick_device(device), merge or {}
     specs = output_specs(source, plan)
     metadata = output_metadata(source, plan, merged=merged)
-    check_target(output, predicted_size(source, plan, merged), overwrite)
+    check_target(output, predicted_size(source, plan), overwrite)
     _check_merge(source, merge)
     hasher = Hasher(source.checkpoint.files)
     try:

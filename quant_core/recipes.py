@@ -115,11 +115,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def make_plan(source: Source, recipe: Recipe | str, merged: str | None = None) -> Plan:
-    """The plan of a recipe (or its name) for a source, with its exact size.
-
-    ``merged`` describes LoRAs that will be baked in (it is part of the header, so of the size).
-    """
+def make_plan(source: Source, recipe: Recipe | str) -> Plan:
+    """The plan of a recipe (or its name) for a source, with its exact size."""
     recipe = by_recipe_name(recipe) if isinstance(recipe, str) else recipe
     if recipe.architectures and source.architecture.name not in recipe.architectures:
         raise CalibQuantError(
@@ -136,7 +133,7 @@ def make_plan(source: Source, recipe: Recipe | str, merged: str | None = None) -
         in_blocks = (c for c in source.convolutions if source.architecture.describe(c).block is not None)
         layers |= {c: LayerPlan(recipe.base, f"recipe {recipe.name}, Conv weight") for c in in_blocks}
     plan = Plan(source.architecture.name, recipe.name, source.name, layers)
-    return replace(plan, size=predicted_size(source, plan, merged))
+    return replace(plan, size=predicted_size(source, plan))
 
 
 def by_recipe_name(name: str) -> Recipe:

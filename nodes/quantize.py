@@ -1,0 +1,80 @@
+"""CalibQuantQuantize ("Save Quantized Model"): write the file that stock ComfyUI loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..quant_core import pipeline, quality
+from ..quant_core.plan import Plan
+from ..quant_core.source import Source
+from . import comfyui
+
+
+class CalibQuantQuantize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibQuantQuantize",
+            display_name="Save Quantized Model",
+            category=comfyui.CATEGORY,
+            description="Quantizes a model file by a plan and saves it where the stock loaders find it.",
+            search_aliases=["quantize", "save model", "nvfp4", "mxfp8", "fp8", "int8"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=comfyui.model_names(),
+                    tooltip="The 16-bit model file. Weights are read from this file, not from a loaded MODEL, "
+                    "because loading already casts them.",
+                ),
+                comfyui.PlanType.Input("plan", tooltip="From Quantization Plan, made for the same file."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="calibquant/model",
+                    tooltip="Below output/diffusion_models (or output/checkpoints for an all-in-one checkpoint). "
+                    "A number is appended; nothing is overwritten.",
+                ),
+                io.Boolean.Input(
+                    "verify",
+                    default=True,
+                    tooltip="Re-read the saved file by the loader's own arithmetic and compare every layer's error.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Link a MODEL loaded from the same file to bake its LoRAs in (in float32, before "
+                    "quantizing). Baking first keeps more quality than a LoRA on a quantized model.",
+                ),
+            ],
+            outputs=[
+                # "*" because the stock loaders' drop-downs take a link of no narrower type
+                io.AnyType.Output("model_name", tooltip="Name of the saved file; link it to Load Diffusion Model."),
+                comfyui.ReportType.Output("report", tooltip="Sizes and the error of every layer."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
+        return comfyui.fingerprint(model_name)
+
+    @classmethod
+    def execute(
+        cls, model_name: str, plan: Plan, filename_prefix: str, verify: bool, model: Any = None
+    ) -> io.NodeOutput:
+        output, loader_name = comfyui.output_path(filename_prefix, model_name)
+        progress = comfyui.progress(2 if verify else 1)
+        with Source(comfyui.model_path(model_name)) as source:
+            merge, digest = comfyui.lora_merge(model, source) if model is not None else ({}, "")
+            comfyui.show(cls.hidden.unique_id, f"quantizing {source.name}")
+            report = pipeline.quantize(source, plan, output, merge=merge, merged=digest, progress=progress(0))
+            if verify:
+                comfyui.show(cls.hidden.unique_id, f"verifying {output.name}")
+                quality.verify(source, report, merge, progress(1))
+        lines = [loader_name, report.summary()]
+        lines += [f"LoRA patches baked into {len(merge)} tensors"] if merge else []
+        text = "\n".join(lines)
+        comfyui.show(cls.hidden.unique_id, text)
+        return io.NodeOutput(loader_name, report, ui=ui.PreviewText(text))
