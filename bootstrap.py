@@ -19,7 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).absolute().parent  # not resolve(): a link in custom_nodes must still see its ComfyUI
+from quant_core.locate import ROOT, find_comfyui
+
 VENV = ROOT / ".venv"
 SHIMS = ROOT / "tests" / "shims"  # see torch_shims.py there
 NEEDS_SHIMS = VENV / "needs-shims"  # exists where torchvision or torchaudio does not import by itself
@@ -40,22 +41,6 @@ COMMANDS = {  # command: (extra to install, arguments of the virtual environment
 
 class SetupError(Exception):
     """Set-up cannot go on; the message is one line with the remedy."""
-
-
-def find_comfyui() -> Path | None:
-    """Folder of the ComfyUI to work with: COMFYUI_PATH, else the one this checkout sits in, else ~/comfy/ComfyUI.
-
-    Raises FileNotFoundError when COMFYUI_PATH is set but holds no main.py: a typo must not pass as "no ComfyUI".
-    """
-    named = os.environ.get("COMFYUI_PATH")
-    if named:
-        path = Path(named).expanduser().absolute()
-        if not (path / "main.py").is_file():
-            raise FileNotFoundError(f"COMFYUI_PATH={named} holds no main.py: set it to the ComfyUI folder or unset it")
-        return path
-    candidates = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
-    candidates.append(Path.home() / "comfy" / "ComfyUI")
-    return next((path for path in candidates if (path / "main.py").is_file()), None)
 
 
 def say(text: str) -> None:

@@ -31,6 +31,8 @@ from torch import nn
 from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
+digits = importlib.import_module("quant_core.digits")
 MODEL = ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
 VAE = ROOT / "workflows" / "vae" / "calibquant_digits_vae.safetensors"
 PROMPT_SET = ROOT / "workflows" / "promptsets" / "digits.safetensors"
@@ -92,7 +94,6 @@ def write_prompt_set() -> None:
 
 def train_judge() -> None:
     """Train a 64-64-10 classifier on three quarters of the digits and write it with its accuracy on the rest."""
-    digits = _digits_module()
     images, labels = load_data()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(7))
     held_out, train = order[: len(order) // 4], order[len(order) // 4 :]
@@ -145,7 +146,7 @@ def train_model(comfyui: Path) -> None:
     _sampler_module().start_comfyui(comfyui)
     importlib.import_module("comfy.model_management").in_training = True  # differentiable rotary embedding
     images, labels = load_data()
-    data = _digits_module().image_to_latent(images)
+    data = digits.image_to_latent(images)
     prompts = load_file(str(PROMPT_SET))
     context = torch.cat([prompts[f"{digit}.cond"] for digit in range(DIGITS)])
     torch.manual_seed(11)
@@ -246,7 +247,6 @@ def train_vae(comfyui: Path) -> None:
     Its three lower stages are trained to unfold the 32x32 picture; the top stage is built by hand and only enlarges
     it, so that training never touches 64x64. There is no encoder: the demo only ever decodes.
     """
-    digits = _digits_module()
     _sampler_module().start_comfyui(comfyui)
     torch.manual_seed(13)
     decoder = importlib.import_module("comfy.taesd.taesd").Decoder(latent_channels=16)
@@ -319,7 +319,6 @@ def _save_vae(decoder: nn.Sequential) -> None:
 
 def check(comfyui: Path, seeds: int = 8) -> None:
     """Sample ten digits x `seeds` through ComfyUI's loader and KSampler and let the judge read them."""
-    digits = _digits_module()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "latents.npz"
         script = str(ROOT / "nodes" / "sample_digits.py")
@@ -336,10 +335,6 @@ def check(comfyui: Path, seeds: int = 8) -> None:
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
-
-
-def _digits_module() -> ModuleType:
-    return _module_of("digits")
 
 
 def _sampler_module() -> ModuleType:

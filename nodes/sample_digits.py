@@ -14,7 +14,6 @@ import json
 import logging
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,14 @@ def main(argv: list[str] | None = None) -> int:
         if not file.is_file():
             return _fail(f"{file}: no such file")
     start_comfyui(options.comfyui)
+    with torch.inference_mode():  # as ComfyUI runs its nodes, loaders included
+        latents = sample_files(options)
+    np.savez(options.out, **latents)
+    return 0
+
+
+def sample_files(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Load and sample every file; one JSON line each on stdout. Latents by the index of the file, as text."""
     prompts = load_file(str(options.promptset))
     context = torch.cat([prompts[f"{digit}.cond"] for digit in range(DIGITS)])
     latents: dict[str, np.ndarray] = {}
@@ -49,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         now = time.perf_counter()
         line = {"file": str(file), "seconds": round(now - loaded, 3), "load_seconds": round(loaded - began, 3)}
         print(json.dumps(line), flush=True)
-    np.savez(options.out, **latents)
-    return 0
+    return latents
 
 
 def start_comfyui(folder: Path) -> None:
@@ -66,7 +72,6 @@ def start_comfyui(folder: Path) -> None:
     cli_args = importlib.import_module("comfy.cli_args")
     if not torch.cuda.is_available():
         cli_args.args.cpu = True
-    _mend_companions()
 
 
 def sample(model: Any, context: torch.Tensor, seeds: range, steps: int) -> torch.Tensor:
@@ -79,51 +84,15 @@ def sample(model: Any, context: torch.Tensor, seeds: range, steps: int) -> torch
     noise = torch.cat([comfy_sample.prepare_noise(empty, seed).expand(DIGITS, -1, -1, -1, -1) for seed in seeds])
     cond = [[context.repeat(len(seeds), 1, 1), {}]]
     blank = torch.zeros_like(noise)
-    with torch.inference_mode():
-        out = comfy_sample.sample(
-            model, noise, steps, CFG, SAMPLER, SCHEDULER, cond, cond, blank, disable_pbar=True, seed=seeds[0]
-        )
+    out = comfy_sample.sample(
+        model, noise, steps, CFG, SAMPLER, SCHEDULER, cond, cond, blank, disable_pbar=True, seed=seeds[0]
+    )
     return out.float().cpu().reshape(len(seeds), DIGITS, *out.shape[1:])
 
 
 def _load(file: Path) -> Any:
     importlib.import_module("comfy.model_management").unload_all_models()
     return importlib.import_module("comfy.sd").load_diffusion_model(str(file))
-
-
-def _mend_companions() -> None:
-    """Let ComfyUI import on a CPU-only torch beside registry builds of torchvision and torchaudio.
-
-    Their compiled parts do not load there and neither is used for digits; a working install is left as it is.
-    """
-    if torch.version.cuda or torch.version.hip:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except (RuntimeError, OSError):
-        _forget("torchvision")
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_alive.append(library)
-    try:
-        importlib.import_module("torchaudio")
-    except (RuntimeError, OSError):
-        _forget("torchaudio")
-        extension = types.ModuleType("torchaudio._extension")
-        extension._IS_TORCHAUDIO_EXT_AVAILABLE = False
-        extension.fail_if_no_align = lambda function: function
-        sys.modules[extension.__name__] = extension
-    except ImportError:
-        return
-
-
-_kept_alive: list[torch.library.Library] = []  # definitions vanish with their Library
-
-
-def _forget(package: str) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        del sys.modules[name]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
+from .locate import asset
+
 IMAGE_MEAN, IMAGE_STD = 0.31, 0.36  # of the training pictures, pixels in 0..1
 FOLD = 4  # one latent cell holds FOLD x FOLD pixels
 LATENT_SHAPE = (FOLD * FOLD, 1, 8, 8)  # channels, frames, height, width
@@ -29,7 +31,7 @@ WAN21_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
 
-JUDGE_PATH = Path(__file__).resolve().parents[1] / "workflows" / "judge" / "digits_judge.safetensors"
+JUDGE_PATH = asset("workflows/judge/digits_judge.safetensors")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""Where things are: a ComfyUI on this machine and the files that ship with the pack. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).absolute().parent.parent  # not resolve(): a link in custom_nodes must still see its ComfyUI
+
+
+def find_comfyui() -> Path | None:
+    """Folder of the ComfyUI to work with: COMFYUI_PATH, else the one this checkout sits in, else ~/comfy/ComfyUI.
+
+    Raises FileNotFoundError when COMFYUI_PATH is set but holds no main.py: a typo must not pass as "no ComfyUI".
+    """
+    named = os.environ.get("COMFYUI_PATH")
+    if named:
+        path = Path(named).expanduser().absolute()
+        if not (path / "main.py").is_file():
+            raise FileNotFoundError(f"COMFYUI_PATH={named} holds no main.py: set it to the ComfyUI folder or unset it")
+        return path
+    candidates = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
+    candidates.append(Path.home() / "comfy" / "ComfyUI")
+    return next((path for path in candidates if (path / "main.py").is_file()), None)
+
+
+def asset(relative: str) -> Path:
+    """A file of the repository that ships with the package: beside ``quant_core``, or inside it in a wheel."""
+    beside = ROOT / relative
+    return beside if beside.exists() else Path(__file__).absolute().parent / "_assets" / relative
