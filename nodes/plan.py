@@ -6,8 +6,8 @@ from comfy_api.latest import io, ui
 
 from ..quant_core import recipes
 from ..quant_core.formats import title
-from ..quant_core.quality import gigabytes
 from ..quant_core.source import Source
+from ..quant_core.textfile import gigabytes
 from . import comfyui
 
 _TYPES = list(recipes.CTQ_TYPES)

@@ -12,14 +12,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from . import __version__, demo, pipeline, plan, quality, recipes
+from . import __version__
 from .errors import CalibQuantError
-from .formats import title
-from .source import Source
+from .textfile import gigabytes
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .source import Source
 
 
 class UsageError(Exception):
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a cp1252 pipe on Windows must not die of an arrow
             stream.reconfigure(encoding="utf-8", errors="replace")
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -51,55 +53,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser. Only the command that is called gets its options: some need torch, which takes long to import."""
     parser = argparse.ArgumentParser(prog="calibquant", description="Turn a 16-bit diffusion model into a small file.")
     parser.add_argument("--version", action="version", version=f"calibquant {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, (run, options, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run, command=name)
+        if name == called:
+            options(command)
+    return parser
 
-    c = _command(commands, "inspect", _inspect, "what a file is: architecture, layers, formats, bytes, provenance")
+
+def _inspect_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("file", type=Path)
     c.add_argument("--json", action="store_true", help="print one JSON document")
 
-    c = _command(commands, "plan", _plan, "decide a format per layer, with reasons and the exact size")
+
+def _plan_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("file", type=Path)
-    _plan_options(c)
+    _decision_options(c)
     c.add_argument("-o", "--output", type=Path, required=True, metavar="PLAN.json")
     c.add_argument("--print-convert-to-quant", action="store_true", help="also print convert_to_quant's command")
 
-    c = _command(commands, "quantize", _quantize, "write the quantized file")
+
+def _quantize_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("file", type=Path)
     c.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     c.add_argument("--plan", type=Path, metavar="PLAN.json", help="a plan made by `calibquant plan`")
-    _plan_options(c)
+    _decision_options(c)
     c.add_argument("--rounding", choices=["nearest"], default="nearest")
     c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     c.add_argument("--overwrite", action="store_true", help="replace an existing output")
     c.add_argument("--verify", action="store_true", help="re-read the file by comfy-kitchen's dequantize and check it")
     c.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
-    c = _command(commands, "compare", _compare, "per-layer weight error of a finished file, worst first")
+
+def _compare_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("source", type=Path)
     c.add_argument("quant", type=Path)
-    c.add_argument("--json", action="store_true")
+    c.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
-    c = _command(commands, "convert", _convert, "HSWQ V2 (.scale) and legacy scaled_fp8 files -> native dialect")
+
+def _convert_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("file", type=Path)
     c.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
-    c.add_argument("--overwrite", action="store_true")
+    c.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
-    c = _command(commands, "demo", _demo, "the whole job on the model that ships with the pack")
+
+def _demo_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--out", type=Path, default=Path("calibquant-demo"), metavar="DIR")
-    c.add_argument("--seeds", type=int, default=2, help="seeds per digit when a ComfyUI is found (default 2)")
-    return parser
+    c.add_argument("--seeds", type=_positive, default=2, help="seeds per digit when a ComfyUI is found (default 2)")
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run, command=name)
-    return command
+def _decision_options(c: argparse.ArgumentParser) -> None:
+    from . import recipes
 
-
-def _plan_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--recipe", choices=list(recipes.RECIPES), help="a named rule set")
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
@@ -110,6 +121,13 @@ def _plan_options(c: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", choices=list(recipes.CTQ_PRESETS), action="append", default=[])
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
 def _regex(text: str) -> str:
     try:
         re.compile(text)
@@ -118,7 +136,9 @@ def _regex(text: str) -> str:
     return text
 
 
-def _make_plan(source: Source, args: argparse.Namespace) -> plan.Plan:
+def _make_plan(source: Source, args: argparse.Namespace) -> Plan:
+    from . import recipes
+
     if bool(args.recipe) == bool(args.base):
         raise UsageError("give --recipe NAME or --base TYPE (one of the two)")
     if args.recipe:
@@ -136,17 +156,17 @@ def _make_plan(source: Source, args: argparse.Namespace) -> plan.Plan:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    info = pipeline.inspect(args.file)
+    from . import describe
+
+    info = describe.inspect(args.file)
     if args.json:
         print(json.dumps(info, indent=1))
         return
-    print(
-        f"{info['file']}: {info['architecture_title']}, {quality.gigabytes(info['bytes'])}, {info['tensors']} tensors"
-    )
+    print(f"{info['file']}: {info['architecture_title']}, {gigabytes(info['bytes'])}, {info['tensors']} tensors")
     if info["prefix"]:
         print(f"prefix {info['prefix']} ({info['other_tensors']} tensors outside it: kept as they are)")
     print("2-D weights: " + ", ".join(f"{n} {fmt}" for fmt, n in info["formats"].items()))
-    print("bytes: " + ", ".join(f"{dtype} {quality.gigabytes(n)}" for dtype, n in info["dtypes"].items()))
+    print("bytes: " + ", ".join(f"{dtype} {gigabytes(n)}" for dtype, n in info["dtypes"].items()))
     if info["provenance"]:
         made = info["provenance"]
         source = made["source"]
@@ -154,6 +174,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from . import recipes
+    from .source import Source
+
     with Source(args.file, args.architecture) as source:
         made = _make_plan(source, args)
         made.save(args.output)
@@ -162,13 +185,18 @@ def _plan(args: argparse.Namespace) -> None:
             print(recipes.to_convert_to_quant(made, str(args.file), args.file.stem + "-quantized.safetensors"))
 
 
-def _plan_text(made: plan.Plan, source: Source) -> str:
+def _plan_text(made: Plan, source: Source) -> str:
+    from .formats import title
+
     counts = ", ".join(f"{n} {title(fmt)}" for fmt, n in made.count().items())
-    sizes = f"{quality.gigabytes(source.checkpoint.nbytes())} -> {quality.gigabytes(made.size)}"
+    sizes = f"{gigabytes(source.checkpoint.nbytes())} -> {gigabytes(made.size)}"
     return f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"
 
 
 def _quantize(args: argparse.Namespace) -> None:
+    from . import pipeline, plan, quality
+    from .source import Source
+
     if bool(args.plan) == bool(args.recipe or args.base):
         raise UsageError("give --plan PLAN.json, or --recipe NAME (one of the two)")
     with Source(args.file, args.architecture) as source:
@@ -187,6 +215,9 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    from . import quality
+    from .source import Source
+
     with Source(args.source) as source, Bar("compare") as bar:
         report = quality.compare(source, args.quant, progress=bar)
     if args.json:
@@ -199,6 +230,8 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from . import pipeline
+
     with Bar("convert") as bar:
         done = pipeline.convert(args.file, args.output, args.overwrite, progress=bar)
     print(
@@ -207,6 +240,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from . import demo
+
     print(demo.run(args.out, args.seeds))
 
 
@@ -218,6 +253,8 @@ class Bar:
     """The engine's progress protocol on a tqdm bar on stderr."""
 
     def __init__(self, name: str) -> None:
+        from tqdm import tqdm
+
         self._bar = tqdm(desc=name, unit="tensor", file=sys.stderr, leave=False, disable=None)
 
     def __enter__(self) -> Bar:
@@ -231,6 +268,16 @@ class Bar:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)
 
+
+Command = tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]
+COMMANDS: dict[str, Command] = {
+    "inspect": (_inspect, _inspect_options, "what a file is: architecture, layers, formats, bytes, provenance"),
+    "plan": (_plan, _plan_options, "decide a format per layer, with reasons and the exact size"),
+    "quantize": (_quantize, _quantize_options, "write the quantized file"),
+    "compare": (_compare, _compare_options, "per-layer weight error of a finished file, worst first"),
+    "convert": (_convert, _convert_options, "HSWQ V2 (.scale) and legacy scaled_fp8 files -> native dialect"),
+    "demo": (_demo, _demo_options, "the whole job on the model that ships with the pack"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

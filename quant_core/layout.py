@@ -12,10 +12,9 @@ from . import __version__
 from .checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE
+from .markers import METADATA_KEY, PROVENANCE_KEY, header_layers
 from .plan import LayerPlan, Plan
-from .source import METADATA_KEY, Source, header_layers
-
-PROVENANCE_KEY = "calibquant"
+from .source import Source
 
 
 def encode_config(config: Mapping[str, Any]) -> torch.Tensor:

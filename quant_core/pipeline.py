@@ -1,26 +1,27 @@
-"""The jobs: quantize a source by a plan, convert another FP8 dialect to the native one, describe a file."""
+"""The jobs: quantize a source by a plan, convert another FP8 dialect to the native one."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .architectures import detect
 from .checkpoint import DTYPES, Checkpoint, Hasher, TensorSpec, Writer, check_target
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE
-from .layout import PROVENANCE_KEY, encode_config, layer_config, output_metadata, output_specs, predicted_size
+from .layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
+from .markers import METADATA_KEY
+from .modelfile import NATIVE
 from .pack import nearest, pick_device
 from .plan import LayerPlan, Plan
-from .quality import LayerReport, Progress, Report
-from .source import FP8, METADATA_KEY, NATIVE, Source, declared_formats, split_prefix
+from .progress import Progress
+from .quality import LayerReport, Report
+from .source import Source
 
 # Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
 Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -212,52 +213,3 @@ def _converted_specs(source: Source, layers: Mapping[str, Mapping[str, torch.Ten
         if key.endswith(".weight") and layer in layers:
             specs += [TensorSpec(f"{layer}.{n}", t.dtype, tuple(t.shape)) for n, t in layers[layer].items()]
     return specs
-
-
-# --- what a file is ----------------------------------------------------------------------------------------------
-
-
-def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Architecture, layers per format, bytes and provenance of any checkpoint, from headers only.
-
-    (Inline ``comfy_quant`` tensors are read too, a few bytes per layer.)
-    """
-    with Checkpoint(path) as checkpoint:
-        prefix = split_prefix(checkpoint.entries)
-        model = {k: e for k, e in checkpoint.entries.items() if k.startswith(prefix)}
-        declared = declared_formats(checkpoint, prefix)
-        architecture = detect(model, {k: e.shape for k, e in model.items()})
-        layers = {}
-        for key, entry in model.items():
-            if key.endswith(".weight") and len(entry.shape) == 2:
-                layer = key.removesuffix(".weight")
-                bare = "float8_e4m3fn_unscaled" if entry.dtype in FP8 else entry.dtype
-                layers[layer] = {"format": declared.get(layer, bare), "shape": list(entry.shape), "bytes": entry.nbytes}
-        return {
-            "file": str(checkpoint.path),
-            "files": len(checkpoint.files),
-            "bytes": checkpoint.nbytes(),
-            "tensors": len(checkpoint.entries),
-            "architecture": architecture.name,
-            "architecture_title": architecture.title,
-            "prefix": prefix,
-            "other_tensors": len(checkpoint.entries) - len(model),
-            "formats": dict(Counter(layer["format"] for layer in layers.values())),
-            "dtypes": _bytes_per_dtype(checkpoint),
-            "layers": layers,
-            "provenance": _provenance(checkpoint),
-        }
-
-
-def _bytes_per_dtype(checkpoint: Checkpoint) -> dict[str, int]:
-    totals: Counter[str] = Counter()
-    for entry in checkpoint.entries.values():
-        totals[entry.dtype] += entry.nbytes
-    return dict(totals.most_common())
-
-
-def _provenance(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    try:
-        return json.loads(checkpoint.metadata.get(PROVENANCE_KEY, "null"))
-    except ValueError:
-        return None

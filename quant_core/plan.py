@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .checkpoint import read_text, write_text
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE
+from .textfile import read_text, write_text
 
 FORMAT_VERSION = 1
 

@@ -10,13 +10,17 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from .architectures import split_prefix
 from .checkpoint import Checkpoint
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE, title
+from .markers import FP8, declared_formats, read_config
+from .modelfile import NATIVE
 from .pack import squared_distance, squared_norm
-from .source import FP8, NATIVE, Source, apply_scale, declared_formats, read_config, split_prefix
+from .progress import Progress
+from .source import Source, apply_scale
+from .textfile import gigabytes
 
-Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what is being done); may raise to cancel
 ROWS = 1024  # rows decoded at once; a multiple of the 128-row tiles in which block scales are swizzled
 TOLERANCE = 1e-3  # of a relative error: the two paths differ by float32 summation only
 
@@ -75,11 +79,6 @@ class Report:
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
         return "\n".join(lines)
-
-
-def gigabytes(nbytes: int) -> str:
-    """GB = 1e9 bytes; MB below a tenth of one."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 class QuantizedFile:
@@ -163,11 +162,13 @@ def verify(
                 progress(i, len(report.layers), f"verify {layer.name}")
             weight = source.load(layer.name)
             if merge and layer.name + ".weight" in merge:
-                weight = merge[layer.name + ".weight"](weight)
+                weight = merge[layer.name + ".weight"](weight.float())
+            if layer.format == SOURCE:  # kept layers are in the file to the bit, after dequantization and merge
+                weight = weight.to(source.kept_dtype(layer.name))
             found = layer_error(weight, quantized, layer.name)
             if quantized.format(layer.name) != layer.format and layer.format != SOURCE:
                 raise CalibQuantError(f"{report.output}: layer {layer.name} is not {layer.format} as reported")
-            if layer.format != SOURCE and abs(found - layer.error) > TOLERANCE * max(found, layer.error):
+            if not abs(found - layer.error) <= TOLERANCE * max(found, layer.error):  # NaN is a difference, too
                 raise CalibQuantError(
                     f"{report.output}: layer {layer.name} has relative error {found:.4e}, reported was "
                     f"{layer.error:.4e}: do not use this file, and report a bug"
