@@ -109,9 +109,9 @@ def progress(total_parts: int = 1) -> Callable[[int], Callable[[int, int, str], 
 
 
 def show(node_id: str | None, text: str) -> None:
-    """Text on the node while it works."""
+    """Text on the node while it works: event ``calibquant.text`` {node, text}, drawn by js/calibquant.js."""
     if node_id and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        PromptServer.instance.send_sync("calibquant.text", {"node": node_id, "text": text})
 
 
 def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Tensor], torch.Tensor]], str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..quant_core import recipes
+from ..quant_core import convert_to_quant, recipes
 from ..quant_core.formats import title
 from ..quant_core.source import Source
 from ..quant_core.textfile import gigabytes
 from . import comfyui
 
-_TYPES = list(recipes.CTQ_TYPES)
+_TYPES = list(convert_to_quant.TYPES)
 
 
 class CalibQuantPlan(io.ComfyNode):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..quant_core import pipeline, quality
 from ..quant_core.plan import Plan
+from ..quant_core.progress import Progress
 from ..quant_core.source import Source
 from . import comfyui
 
@@ -72,9 +74,16 @@ class CalibQuantQuantize(io.ComfyNode):
             report = pipeline.quantize(source, plan, output, merge=merge, merged=digest, progress=progress(0))
             if verify:
                 comfyui.show(cls.hidden.unique_id, f"verifying {output.name}")
-                quality.verify(source, report, merge, progress(1))
+                _verify_or_remove(source, report, merge, progress(1))
         lines = [loader_name, report.summary()]
         lines += [f"LoRA patches baked into {len(merge)} tensors"] if merge else []
-        text = "\n".join(lines)
-        comfyui.show(cls.hidden.unique_id, text)
-        return io.NodeOutput(loader_name, report, ui=ui.PreviewText(text))
+        return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
+
+
+def _verify_or_remove(source: Source, report: quality.Report, merge: dict[str, Any], progress: Progress) -> None:
+    """A file that is not what was reported, or whose check was cancelled, must not be selectable in a loader."""
+    try:
+        quality.verify(source, report, merge, progress)
+    except BaseException:  # a cancel is no Exception
+        Path(report.output).unlink(missing_ok=True)
+        raise

@@ -11,20 +11,18 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import CalibQuantError
+from .errors import CalibQuantError, OptionError
 from .textfile import gigabytes
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .scoring import ScoreOptions
     from .source import Source
-
-
-class UsageError(Exception):
-    """Options that do not go together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
         return 0
-    except UsageError as e:
+    except OptionError as e:
         print(f"usage error: {e} (see calibquant {args.command} --help)", file=sys.stderr)
         return 2
     except CalibQuantError as e:
@@ -70,6 +68,39 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def _inspect_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("file", type=Path)
     c.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _probe_options(c: argparse.ArgumentParser) -> None:
+    from .architectures import ARCHITECTURES
+
+    c.add_argument("file", type=Path)
+    c.add_argument("--csv", type=Path, metavar="P", help="write a table, one row per layer")
+    c.add_argument("--json", type=Path, metavar="P", help="write everything as one JSON document")
+    c.add_argument("--model", choices=[a.name for a in ARCHITECTURES], help="overrules the detected model family")
+    c.add_argument("--compat", choices=["quant_probe"], help="decide as that tool does, its defects included")
+    c.add_argument("--outlier-sigma", type=_above_zero, default=3.0, help="what counts as an outlier (default 3)")
+    _score_options(c)
+    c.add_argument("--device", choices=["auto", "cpu"], default="auto", help="a GPU would wait for the disk: CPU only")
+    c.add_argument("--lowram", action="store_true", help="accepted for quant_probe's sake: memory is always low")
+
+
+def _score_options(c: argparse.ArgumentParser) -> None:
+    group = c.add_argument_group("score (quant_probe's; defaults depend on the model family)")
+    for name, text in {
+        "--fp8-percentile": "score percentile from which a layer is FP8",
+        "--keep-percentile": "score percentile from which a layer stays 16-bit",
+        "--kurtosis-keep": "excess kurtosis from which a layer stays 16-bit whatever its score (inf: never)",
+        "--fp8-min-score": "least score for FP8",
+        "--min-group-spread": "types whose groups differ less are lowered one step",
+        "--kurtosis-weight": "weight of the kurtosis (default .6)",
+        "--range-weight": "weight of the range within the type (default .3)",
+        "--ar-weight": "weight of the aspect ratio within the type (default .1)",
+        "--extreme-pct": "share of blocks at each end that are groups of their own (default 10)",
+    }.items():
+        group.add_argument(name, type=_number, metavar="X", help=text)
+    group.add_argument(
+        "--spread-filter-exempt", nargs="*", metavar="TYPE", help="types --min-group-spread leaves alone"
+    )
 
 
 def _plan_options(c: argparse.ArgumentParser) -> None:
@@ -109,16 +140,36 @@ def _demo_options(c: argparse.ArgumentParser) -> None:
 
 
 def _decision_options(c: argparse.ArgumentParser) -> None:
-    from . import recipes
+    from . import convert_to_quant, recipes
 
     c.add_argument("--recipe", choices=list(recipes.RECIPES), help="a named rule set")
+    c.add_argument("--percentiles", nargs=2, type=_number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
+    c.add_argument("--keep-ratio", type=_number, metavar="R", help="share of layers, worst first, kept in 16 bit")
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
-    group.add_argument("--base", choices=list(recipes.CTQ_TYPES), help="format of all layers not named below")
+    group.add_argument(
+        "--base",
+        choices=list(convert_to_quant.TYPES),
+        help="format of all layers not named below (or not kept by --keep-ratio)",
+    )
     group.add_argument("--custom-layers", type=_regex, metavar="REGEX", help="beats every exclusion")
-    group.add_argument("--custom-type", choices=list(recipes.CTQ_TYPES))
+    group.add_argument("--custom-type", choices=list(convert_to_quant.TYPES))
     group.add_argument("--exclude-layers", type=_regex, metavar="REGEX", help="left in the source dtype")
-    group.add_argument("--preset", choices=list(recipes.CTQ_PRESETS), action="append", default=[])
+    group.add_argument("--preset", choices=list(convert_to_quant.PRESETS), action="append", default=[])
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if value != value:
+        raise argparse.ArgumentTypeError("nan is no number to compare with")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -139,11 +190,14 @@ def _regex(text: str) -> str:
 def _make_plan(source: Source, args: argparse.Namespace) -> Plan:
     from . import recipes
 
-    if bool(args.recipe) == bool(args.base):
-        raise UsageError("give --recipe NAME or --base TYPE (one of the two)")
+    ways = [args.recipe, args.percentiles, args.keep_ratio is not None, args.base and args.keep_ratio is None]
+    if sum(map(bool, ways)) != 1:
+        raise OptionError("give one of --recipe NAME, --percentiles FP8 KEEP, --keep-ratio R, --base TYPE")
+    if args.percentiles or args.keep_ratio is not None:
+        return _plan_from_probe(source, args)
     if args.recipe:
         if args.custom_layers or args.custom_type or args.exclude_layers or args.preset:
-            raise UsageError("--custom-layers, --exclude-layers and --preset go with --base, not with --recipe")
+            raise OptionError("--custom-layers, --exclude-layers and --preset go with --base, not with --recipe")
         recipe = recipes.by_recipe_name(args.recipe)
     else:
         recipe = recipes.from_convert_to_quant(
@@ -153,6 +207,19 @@ def _make_plan(source: Source, args: argparse.Namespace) -> Plan:
         if note:
             print(f"warning: {note}", file=sys.stderr)
     return recipes.make_plan(source, recipe)
+
+
+def _plan_from_probe(source: Source, args: argparse.Namespace) -> Plan:
+    from . import convert_to_quant, probe, recipes, scoring
+
+    with Bar("probe") as bar:
+        probed = probe.probe(args.file, args.architecture, progress=bar)
+    if args.keep_ratio is not None:
+        base = convert_to_quant.TYPES[args.base or "nvfp4"]
+        return recipes.keep_worst(source, probed, args.keep_ratio, base)
+    fp8, keep = args.percentiles
+    options = replace(scoring.defaults(probed.architecture), fp8_percentile=fp8, keep_percentile=keep)
+    return recipes.by_score(source, probed, options)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -173,8 +240,38 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"made by {made['tool']}, recipe {made['recipe']}, from {source['file']} (sha256 {source['sha256']})")
 
 
+def _probe(args: argparse.Namespace) -> None:
+    from . import probe, probe_report, scoring
+    from .textfile import write_text
+
+    with Bar("probe") as bar:
+        probed = probe.probe(args.file, args.model, args.outlier_sigma, progress=bar)
+    options = _scoring(args, probed.architecture)
+    scored = scoring.decide(probed, options, compat=args.compat is not None)
+    known = probed.architecture in scoring.DEFAULTS and not args.compat
+    theirs = scoring.decide(probed, options, compat=True) if known else None
+    if args.csv:
+        write_text(args.csv, probe_report.csv(probed, scored, compat=args.compat is not None))
+    if args.json:
+        write_text(args.json, probe_report.to_json(probed, scored, theirs, str(args.file)))
+    print(probe_report.text(probed, scored, theirs))
+    print("\n" + probe_report.suggestion(probed, scored, str(args.file)))
+
+
+def _scoring(args: argparse.Namespace, architecture: str) -> ScoreOptions:
+    from . import scoring
+
+    names = [f.name for f in fields(scoring.ScoreOptions)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    if "spread_filter_exempt" in given:
+        given["spread_filter_exempt"] = tuple(given["spread_filter_exempt"])
+    options = replace(scoring.defaults(architecture), **given)
+    options.check()
+    return options
+
+
 def _plan(args: argparse.Namespace) -> None:
-    from . import recipes
+    from . import convert_to_quant
     from .source import Source
 
     with Source(args.file, args.architecture) as source:
@@ -182,7 +279,8 @@ def _plan(args: argparse.Namespace) -> None:
         made.save(args.output)
         print(_plan_text(made, source))
         if args.print_convert_to_quant:
-            print(recipes.to_convert_to_quant(made, str(args.file), args.file.stem + "-quantized.safetensors"))
+            chosen = {layer: entry.format for layer, entry in made.layers.items()}
+            print(convert_to_quant.to_command(chosen, str(args.file), f"{args.file.stem}-quantized.safetensors"))
 
 
 def _plan_text(made: Plan, source: Source) -> str:
@@ -197,8 +295,9 @@ def _quantize(args: argparse.Namespace) -> None:
     from . import pipeline, plan, quality
     from .source import Source
 
-    if bool(args.plan) == bool(args.recipe or args.base):
-        raise UsageError("give --plan PLAN.json, or --recipe NAME (one of the two)")
+    decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None
+    if bool(args.plan) == bool(decided):
+        raise OptionError("give --plan PLAN.json, or --recipe NAME (one of the two)")
     with Source(args.file, args.architecture) as source:
         made = plan.load(args.plan) if args.plan else _make_plan(source, args)
         with Bar("quantize") as bar:
@@ -272,6 +371,7 @@ class Bar:
 Command = tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]
 COMMANDS: dict[str, Command] = {
     "inspect": (_inspect, _inspect_options, "what a file is: architecture, layers, formats, bytes, provenance"),
+    "probe": (_probe, _probe_options, "statistics of the weights and the measured error of every format"),
     "plan": (_plan, _plan_options, "decide a format per layer, with reasons and the exact size"),
     "quantize": (_quantize, _quantize_options, "write the quantized file"),
     "compare": (_compare, _compare_options, "per-layer weight error of a finished file, worst first"),

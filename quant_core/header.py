@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Headers:
                 self.entries[name] = entry
             self.metadata = {**metadata, **self.metadata}
         _check_index(self.path, self.entries)
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[tuple[int, Path], Any] = {}  # one per thread and file
 
     def __enter__(self) -> Self:
         return self
@@ -91,11 +92,12 @@ class Headers:
         return bytes(buffer)
 
     def read_into(self, entry: TensorEntry, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with the tensor's bytes from ``offset`` on. One thread at a time."""
+        """Fill ``target`` with the tensor's bytes from ``offset`` on."""
+        key = (threading.get_ident(), entry.file)
         try:
-            if entry.file not in self._handles:
-                self._handles[entry.file] = open(entry.file, "rb", buffering=0)
-            handle = self._handles[entry.file]
+            if key not in self._handles:
+                self._handles[key] = open(entry.file, "rb", buffering=0)
+            handle = self._handles[key]
             handle.seek(entry.start + offset)
             done = 0
             while done < len(target):
@@ -147,7 +149,9 @@ def _check_extent(file: Path, entries: Mapping[str, TensorEntry], base: int, siz
     position = base
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start != position:
-            raise CalibQuantError(f"{file}: tensor {entry.name} overlaps another or leaves a gap: download the file again")
+            raise CalibQuantError(
+                f"{file}: tensor {entry.name} overlaps another or leaves a gap: download the file again"
+            )
         position += entry.nbytes
     if position > size:
         raise CalibQuantError(f"{file}: is truncated ({size} of {position} bytes): download it again")

@@ -168,7 +168,7 @@ def verify(
             found = layer_error(weight, quantized, layer.name)
             if quantized.format(layer.name) != layer.format and layer.format != SOURCE:
                 raise CalibQuantError(f"{report.output}: layer {layer.name} is not {layer.format} as reported")
-            if not abs(found - layer.error) <= TOLERANCE * max(found, layer.error):  # NaN is a difference, too
+            if not abs(found - layer.error) <= TOLERANCE * layer.error:  # written so that NaN and Inf are caught
                 raise CalibQuantError(
                     f"{report.output}: layer {layer.name} has relative error {found:.4e}, reported was "
                     f"{layer.error:.4e}: do not use this file, and report a bug"

@@ -1,4 +1,4 @@
-"""Recipes: named rule sets that make a plan, and the same rules in convert_to_quant's command-line words.
+"""Recipes: named rule sets that make a plan, convert_to_quant's options among them.
 
 A recipe says what is *wanted* for each layer; :func:`legal` then says what is *possible* (protected layers, layers
 whose shape ComfyUI reads to detect the model, shapes that do not divide) and writes the reason into the plan.
@@ -7,14 +7,17 @@ whose shape ComfyUI reads to detect the model, shapes that do not divide) and wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from . import convert_to_quant, scoring
 from .architectures import LayerInfo
 from .errors import CalibQuantError
-from .formats import FORMATS, SOURCE, by_name, title
+from .formats import FORMATS, SOURCE, title
 from .layout import predicted_size
 from .plan import LayerPlan, Plan
+from .probe import Probe
+from .scoring import ScoreOptions
 from .source import Source
 
 # What a layer falls back to when its shape does not fit: 8 bit first, 16 bit last.
@@ -45,23 +48,20 @@ class Recipe:
     warning: str = ""
 
 
-def _zimage_kept(precedence: str) -> tuple[Rule, ...]:
-    return (
-        Rule(
-            r"^(?:model\.diffusion_model\.)?layers\.29\.attention\.qkv\.",
-            SOURCE,
-            f"last attention: only the final layer follows ({precedence})",
-        ),
-        Rule(
-            r"layers\.(?:2[2-9])\.adaLN_modulation\.0\.", SOURCE, f"late modulation sets scale and shift ({precedence})"
-        ),
-        Rule(
-            r"context_refiner\.[01]\.attention\.out\.|context_refiner\.1\.feed_forward\.w2\.|"
-            r"noise_refiner\.1\.(?:attention\.(?:qkv|out)|feed_forward\.w2)\.|noise_refiner\.[01]\.feed_forward\.w3\.",
-            SOURCE,
-            f"a refiner has two blocks only ({precedence})",
-        ),
-    )
+_ZIMAGE_KEPT = (
+    Rule(
+        r"^(?:model\.diffusion_model\.)?layers\.29\.attention\.qkv\.",
+        SOURCE,
+        "last attention: only the final layer follows",
+    ),
+    Rule(r"layers\.(?:2[2-9])\.adaLN_modulation\.0\.", SOURCE, "late modulation sets scale and shift"),
+    Rule(
+        r"context_refiner\.[01]\.attention\.out\.|context_refiner\.1\.feed_forward\.w2\.|"
+        r"noise_refiner\.1\.(?:attention\.(?:qkv|out)|feed_forward\.w2)\.|noise_refiner\.[01]\.feed_forward\.w3\.",
+        SOURCE,
+        "a refiner has two blocks only",
+    ),
+)
 
 
 _ZIMAGE_8BIT = (
@@ -101,14 +101,14 @@ RECIPES: dict[str, Recipe] = {
             "zimage-nvfp4-mixed",
             "Z-Image: NVFP4 with MXFP8 and BF16 where it hurts",
             "nvfp4",
-            (*_ZIMAGE_8BIT, *_zimage_kept("published recipe")),
+            _ZIMAGE_8BIT + _ZIMAGE_KEPT,
             ("zimage",),
         ),
         Recipe(
             "zimage-mxfp8-uniform",
             "Z-Image: MXFP8, the same layers kept",
             "mxfp8",
-            _zimage_kept("published recipe"),
+            _ZIMAGE_KEPT,
             ("zimage",),
         ),
     )
@@ -132,8 +132,40 @@ def make_plan(source: Source, recipe: Recipe | str) -> Plan:
     if recipe.convolutions:
         in_blocks = (c for c in source.convolutions if source.architecture.describe(c).block is not None)
         layers |= {c: LayerPlan(recipe.base, f"recipe {recipe.name}, Conv weight") for c in in_blocks}
-    plan = Plan(source.architecture.name, recipe.name, source.name, layers)
+    return sized(source, recipe.name, layers)
+
+
+def sized(source: Source, name: str, layers: dict[str, LayerPlan]) -> Plan:
+    """The plan of these decisions with the exact size of the file it makes."""
+    plan = Plan(source.architecture.name, name, source.name, layers)
     return replace(plan, size=predicted_size(source, plan))
+
+
+def by_score(source: Source, probed: Probe, options: ScoreOptions | None = None) -> Plan:
+    """quant_probe's three-way decision as a plan: KEEP stays, FP8, NVFP4 (see ``scoring``)."""
+    scored = scoring.decide(probed, options)
+    return _plan_of(
+        source,
+        "percentiles",
+        {
+            d.layer.name: LayerPlan(scoring.FORMAT_OF[d.decision], f"score {d.score:.3f}: {d.decision} ({d.reason})")
+            for d in scored.decisions
+        },
+    )
+
+
+def keep_worst(source: Source, probed: Probe, ratio: float, base: str = "nvfp4") -> Plan:
+    """The share ``ratio`` of the layers with the largest measured error in ``base`` stays; the rest is ``base``."""
+    chosen = scoring.keep_worst(probed, ratio, base)
+    error = {layer.name: layer.errors[base][0] for layer in probed.layers}
+    wishes = {name: LayerPlan(fmt, f"error {error[name]:.2e} in {title(base)}") for name, fmt in chosen.items()}
+    return _plan_of(source, f"keep-ratio {ratio:g}", wishes)
+
+
+def _plan_of(source: Source, name: str, wishes: Mapping[str, LayerPlan]) -> Plan:
+    kept = LayerPlan(SOURCE, "not scored")
+    layers = {layer: legal(wishes.get(layer, kept), info, source.shape(layer)) for layer, info in source.layers.items()}
+    return sized(source, name, layers)
 
 
 def by_recipe_name(name: str) -> Recipe:
@@ -170,23 +202,6 @@ def _compile(rules: Iterable[Rule]) -> list[tuple[re.Pattern[str], Rule]]:
     return compiled
 
 
-# --- convert_to_quant's words ------------------------------------------------------------------------------------
-
-CTQ_TYPES = {"fp8": "float8_e4m3fn", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int8": "int8_tensorwise"}
-# Substrings of the key that a preset of the tool keeps in the source dtype (facts/convert_to_quant.md §4).
-CTQ_PRESETS: dict[str, tuple[str, ...]] = {
-    "zimage": (
-        "cap_embedder.0", "cap_pad_token", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "k_norm",
-        "q_norm", "x_pad_token", "x_embedder", "clip_text_pooled_proj", "final_layer", "cap_embedder.1",
-        "adaLN_modulation", "t_embedder", "time_text_embed",
-    ),
-    "zimage_refiner": (
-        "cap_embedder.0", "cap_pad_token", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "k_norm",
-        "q_norm", "x_pad_token", "context_refiner", "noise_refiner",
-    ),
-}  # fmt: skip
-
-
 def from_convert_to_quant(
     base: str,
     custom_layers: str | None = None,
@@ -208,58 +223,14 @@ def from_convert_to_quant(
     if exclude_layers:
         rules.append(Rule(exclude_layers, SOURCE, "excluded layer"))
     for preset in presets:
-        if preset not in CTQ_PRESETS:
-            raise CalibQuantError(f"unknown preset {preset!r}: use one of {', '.join(CTQ_PRESETS)}")
-        kept = "|".join(re.escape(part) for part in CTQ_PRESETS[preset])
+        if preset not in convert_to_quant.PRESETS:
+            raise CalibQuantError(f"unknown preset {preset!r}: use one of {', '.join(convert_to_quant.PRESETS)}")
+        kept = "|".join(re.escape(part) for part in convert_to_quant.PRESETS[preset])
         rules.append(Rule(kept, SOURCE, f"preset {preset}"))
     return Recipe("convert_to_quant", "convert_to_quant options", _ctq_format(base), tuple(rules))
 
 
-def to_convert_to_quant(plan: Plan, source: str, output: str) -> str:
-    """A complete convert_to_quant command that makes the same decisions, one format per layer.
-
-    The tool takes a base and one custom format, so a plan with three quantized formats is refused.
-    """
-    names = {fmt: word for word, fmt in CTQ_TYPES.items()}
-    formats = [f for f in plan.count() if f != SOURCE]
-    unknown = [f for f in formats if f not in names]
-    if unknown or not 1 <= len(formats) <= 2:
-        raise CalibQuantError(
-            f"this plan uses {', '.join(formats) or 'no quantized format'}: convert_to_quant takes one base format "
-            f"and one custom format out of {', '.join(CTQ_TYPES)}"
-        )
-    base, *custom = sorted(formats, key=lambda f: -plan.count()[f])
-    words = ["convert_to_quant", "-i", source, "-o", output, "--comfy_quant", "--save-quant-metadata", "--simple"]
-    words += [] if base == "float8_e4m3fn" else [f"--{names[base]}"]
-    if custom:
-        chosen = [layer for layer, entry in plan.layers.items() if entry.format == custom[0]]
-        words += ["--custom-layers", exact_pattern(chosen), "--custom-type", names[custom[0]], "--custom-simple"]
-    kept = [layer for layer, entry in plan.layers.items() if entry.format == SOURCE]
-    if kept:
-        words += ["--exclude-layers", exact_pattern(kept)]
-    return " ".join(f'"{w}"' if re.search(r"[^\w./:=\-]", w) else w for w in words)
-
-
-def exact_pattern(layers: Iterable[str]) -> str:
-    """An anchored regular expression that matches the weight keys of exactly these layers; indices are folded."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for layer in layers:
-        head, number, tail = _split(layer)
-        groups.setdefault((head, tail), []).append(number)
-    parts = []
-    for (head, tail), numbers in groups.items():
-        index = "" if numbers == [""] else f"(?:{'|'.join(numbers)})"
-        parts.append(re.escape(head) + index + re.escape(tail))
-    return f"^(?:{'|'.join(parts)})\\.weight$"
-
-
-def _split(layer: str) -> tuple[str, str, str]:
-    """("layers.", "3", ".attention.qkv"): the first number that is a whole part of the name."""
-    match = re.search(r"(?<=\.)\d+(?=\.)", layer)
-    return (layer[: match.start()], match.group(), layer[match.end() :]) if match else (layer, "", "")
-
-
 def _ctq_format(word: str) -> str:
-    if word not in CTQ_TYPES:
-        raise CalibQuantError(f"unknown convert_to_quant type {word!r}: use one of {', '.join(CTQ_TYPES)}")
-    return by_name(CTQ_TYPES[word]).name
+    if word not in convert_to_quant.TYPES:
+        raise CalibQuantError(f"unknown convert_to_quant type {word!r}: use one of {', '.join(convert_to_quant.TYPES)}")
+    return convert_to_quant.TYPES[word]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,9 @@ def prefixed(tensors: Tensors, prefix: str = PREFIX) -> Tensors:
 
 def all_in_one(tensors: Tensors) -> Tensors:
     """With a text encoder and a VAE, in dtypes of their own; one key is named like a layer of the model."""
-    others = _random({"cond_stage_model.layers.0.q.weight": (32, 32), "vae.decoder.weight": (8, 8, 3, 3)}, torch.float32)
+    others = _random(
+        {"cond_stage_model.layers.0.q.weight": (32, 32), "vae.decoder.weight": (8, 8, 3, 3)}, torch.float32
+    )
     ids = {"cond_stage_model.position_ids": torch.arange(7), "vae.layers.0.attention.out.weight": torch.eye(32)}
     return prefixed(tensors) | others | ids
 
@@ -166,3 +169,11 @@ def config_tensor(config: Mapping[str, object]) -> torch.Tensor:
 
 def header_metadata(configs: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": configs})}
+
+
+# --- processes
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    """The command that runs this code in a Python of its own; to be started in ``ROOT``."""
+    return [sys.executable, "-c", code, *map(str, arguments)]

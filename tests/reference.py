@@ -28,6 +28,10 @@ def codes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def unswizzle(scales: np.ndarray, rows: int, cols: int) -> np.ndarray:
     """Plain [rows, cols] of scales stored in cuBLAS' tiles of 128 x 4."""
     r, c = np.arange(rows)[:, None], np.arange(cols)[None, :]
@@ -65,7 +69,7 @@ class File:
     def __init__(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
             self.metadata: dict[str, str] = file.metadata() or {}
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
 
     def configs(self) -> dict[str, dict[str, object]]:
         """Layer -> JSON of its inline ``comfy_quant`` tensor."""

@@ -27,7 +27,7 @@ The digit is the \`index\` of **Load Prompt Set**.
 
 // Key, node type, position, size, widget values by name.
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 340], { text: NOTE }],
   ["plan", "CalibQuantPlan", [500, 80], [360, 190], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
   ["save", "CalibQuantQuantize", [920, 80], [400, 300],
     { model_name: MODEL, filename_prefix: "calibquant/digits", verify: true }],
@@ -44,8 +44,10 @@ function row(key, y) {
   return [
     [`${key}.unet`, "UNETLoader", [500, y], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
     [`${key}.sampler`, "KSampler", [920, y], [320, 270], sampler],
-    [`${key}.decode`, "VAEDecode", [1300, y], [180, 50], {}],
-    [`${key}.picture`, "PreviewImage", [1540, y], [260, 290], {}],
+    [`${key}.decode`, "VAEDecode", [1300, y], [260, 50], {}],
+    [`${key}.scale`, "ImageScale", [1300, y + 110], [260, 150],
+      { upscale_method: "nearest-exact", width: 256, height: 256, crop: "disabled" }], // 64 pixels are hard to see
+    [`${key}.picture`, "PreviewImage", [1620, y], [280, 300], {}],
   ];
 }
 
@@ -61,16 +63,17 @@ const LINKS = [
     ["latent", 0, `${key}.sampler`, "latent_image"],
     [`${key}.sampler`, 0, `${key}.decode`, "samples"],
     ["vae", 0, `${key}.decode`, "vae"],
-    [`${key}.decode`, 0, `${key}.picture`, "images"],
+    [`${key}.decode`, 0, `${key}.scale`, "image"],
+    [`${key}.scale`, 0, `${key}.picture`, "images"],
   ]),
 ];
 
 // Title, colour, [x, y, width, height].
 const GROUPS = [
   ["Quantize", "#3f789e", [480, 0, 880, 500]],
-  ["Prompt, size, seed: the same for both", "#a1309b", [20, 540, 440, 760]],
-  ["The quantized file, by the stock loader", "#88A", [480, 540, 1340, 390]],
-  ["The 16-bit model", "#8A8", [480, 940, 1340, 390]],
+  ["Prompt, size, seed: the same for both", "#b58b2a", [20, 540, 440, 760]],
+  ["The quantized file, by the stock loader", "#88A", [480, 540, 1440, 390]],
+  ["The 16-bit model", "#8A8", [480, 940, 1440, 390]],
 ];
 
 function build({ nodes, links, groups }) {
@@ -129,9 +132,9 @@ async function contactSheet(page, url, output) {
   const [before, after] = text.match(/([\d.]+ .B) → ([\d.]+ .B)/).slice(1);
   const strip = (title, images) => `<p>${title}</p><div>${images.map((i) => `<img src="${i}">`).join("")}</div>`;
   const sheet = await page.context().browser().newPage();
-  await sheet.setViewportSize({ width: 512, height: 288 });
-  await sheet.setContent(`<style>body{margin:0;padding:34px 26px;background:#1d1f24;color:#ddd;font:600 20px sans-serif}
-    p{margin:0 0 8px}div{display:flex;gap:4px;margin-bottom:26px}img{width:42px;height:64px;object-fit:cover}</style>
+  await sheet.setViewportSize({ width: 400, height: 400 }); // template cards are square
+  await sheet.setContent(`<style>body{margin:0;padding:18px 32px;background:#1d1f24;color:#ddd;font:600 20px/26px sans-serif}
+    p{margin:6px 0}div{display:grid;grid-template-columns:repeat(5,64px);gap:4px;margin-bottom:12px}img{width:64px}</style>
     ${strip(`16-bit · ${before}`, rows.large)}${strip(`NVFP4 · ${after}`, rows.small)}`);
   await sheet.screenshot({ path: output, type: "jpeg", quality: 85 });
   await sheet.close();

@@ -1,0 +1,254 @@
+"""The command line as a user meets it: a process, its exit code and its two streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from keys import make_keys
+
+from quant_core import __version__, cli
+
+LAYER = "layers.0.attention.out"
+
+
+def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """stdout and stderr of ``calibquant ARGUMENTS`` in a process of its own."""
+    command = [sys.executable, "-m", "quant_core.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=models.ROOT)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[str, str]:
+    """The same in this process: a tenth of the time."""
+    try:
+        returned = cli.main([str(a) for a in arguments])
+    except SystemExit as left:  # argparse
+        returned = left.code
+    out, err = capsys.readouterr()
+    assert returned == code, err
+    return out, err
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return models.save(tmp_path / "m.safetensors", models.zimage())
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out.safetensors"
+
+
+# --- results
+
+
+def test_the_way_from_a_model_to_a_checked_file(file: Path, output: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    out, _ = run("plan", file, "--recipe", "zimage-nvfp4-mixed", "-o", plan)
+    size = json.loads(plan.read_text("utf-8"))["size"]
+    assert out.startswith("Z-Image, recipe zimage-nvfp4-mixed: ") and f"({size} bytes)" in out
+    out, _ = run("quantize", file, "-o", output, "--plan", plan, "--verify")
+    assert output.stat().st_size == size
+    assert out.startswith(f"{output}\n") and out.endswith("verified: every layer's error is as reported\n")
+    out, _ = run("inspect", output)
+    assert "nvfp4" in out and "made by ComfyUI-CalibQuant" in out and "recipe zimage-nvfp4-mixed" in out
+    out, _ = run("compare", file, output)
+    assert "relative weight error" in out.splitlines()[0] and LAYER in out
+
+
+def test_json_is_one_document_on_stdout(file: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = json.loads(call(capsys, "quantize", file, "-o", output, "--recipe", "mxfp8", "--json")[0])
+    assert made["recipe"] == "mxfp8" and made["bytes_after"] == output.stat().st_size
+    errors = {layer["name"]: layer["error"] for layer in made["layers"]}
+    compared = json.loads(call(capsys, "compare", file, output, "--json")[0])
+    assert {layer["name"]: pytest.approx(layer["error"], rel=1e-4) for layer in compared["layers"]} == errors
+    seen = json.loads(call(capsys, "inspect", output, "--json")[0])
+    assert seen["architecture"] == "zimage" and seen["layers"][LAYER]["format"] == "mxfp8"
+    assert seen["provenance"]["recipe"] == "mxfp8"
+
+
+def test_convert_makes_a_file_that_can_be_inspected(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = models.hswq(models.sd15())
+    old = models.save(tmp_path / "old.safetensors", model.tensors)
+    out, _ = call(capsys, "convert", old, "-o", output)
+    convolutions = sum(weight.dim() == 4 for weight in model.real.values())
+    assert f"{len(model.real) - convolutions} layers" in out and f"{convolutions} Conv weights in 16 bit" in out
+    formats = json.loads(call(capsys, "inspect", output, "--json")[0])["formats"]
+    assert formats["float8_e4m3fn"] == len(model.real) - convolutions
+
+
+def test_convert_to_quants_words_make_a_plan_and_come_back(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--base", "nvfp4", "--custom-layers", r"\.w1", "--custom-type", "mxfp8", "--exclude-layers", "refiner"]
+    plan = tmp_path / "p.json"
+    out, _ = call(capsys, "plan", file, *words, "--preset", "zimage", "-o", plan, "--print-convert-to-quant")
+    layers = json.loads(plan.read_text("utf-8"))["layers"]
+    assert (
+        layers["layers.1.feed_forward.w1"]["format"] == layers["noise_refiner.0.feed_forward.w1"]["format"] == "mxfp8"
+    )
+    assert layers[LAYER]["format"] == "nvfp4" and layers["noise_refiner.0.attention.qkv"]["format"] == "bf16"
+    assert layers["layers.1.adaLN_modulation.0"]["format"] == "bf16"
+    assert "convert_to_quant -i" in out and "--custom-type mxfp8" in out
+
+
+def test_a_12_gb_file_is_inspected_from_its_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = models.save_sparse(tmp_path / "z.safetensors", make_keys.load("zimage"))
+    seen = json.loads(call(capsys, "inspect", path, "--json")[0])
+    assert seen["bytes"] == path.stat().st_size > 12e9
+    assert seen["architecture"] == "zimage" and seen["formats"] == {"BF16": len(seen["layers"])}
+
+
+def test_inspect_needs_no_torch(file: Path) -> None:
+    code = "import sys; from quant_core import cli; cli.main(['inspect', sys.argv[1]]); print('torch' in sys.modules)"
+    done = subprocess.run(models.python(code, file), capture_output=True, text=True, cwd=models.ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_an_all_in_one_checkpoint_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = models.save(tmp_path / "m.safetensors", models.all_in_one(models.zimage()))
+    out, _ = call(capsys, "inspect", path)
+    assert "prefix model.diffusion_model. (4 tensors outside it: kept as they are)" in out
+
+
+def test_warnings_go_to_stderr(tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = models.save(tmp_path / "m.safetensors", models.native(models.zimage()).tensors)
+    out, err = call(capsys, "quantize", path, "-o", output, "--recipe", "fp8-unscaled", "--json")
+    assert json.loads(out)["recipe"] == "fp8-unscaled"
+    assert "warning: " in err and "are scaled FP8" in err and "a plain cast costs" in err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version")[0] == f"calibquant {__version__}\n"
+    for command in ("inspect", "plan", "quantize", "compare", "convert", "demo"):
+        assert f"usage: calibquant {command}" in call(capsys, command, "--help")[0]
+        assert command in call(capsys, "--help")[0]
+
+
+# --- exit code 1: one line that names the file
+
+
+def test_a_problem_is_one_line_without_traceback(tmp_path: Path, output: Path) -> None:
+    path = tmp_path / "empty.safetensors"
+    path.touch()
+    out, err = run("quantize", path, "-o", output, "--recipe", "nvfp4", code=1)
+    assert (out, err) == ("", f"error: {path}: is empty: download it again\n")
+
+
+def test_every_command_reports_a_missing_file_the_same_way(
+    tmp_path: Path, file: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = tmp_path / "none.safetensors"
+    commands = [["inspect", none], ["plan", none, "--recipe", "fp8", "-o", tmp_path / "p.json"]]
+    commands += [["quantize", none, "-o", output, "--recipe", "fp8"], ["convert", none, "-o", output]]
+    commands += [["compare", none, file], ["compare", file, none]]
+    for command in commands:
+        assert call(capsys, *command, code=1) == ("", f"error: {none}: no such file: check the path\n"), command
+    assert call(capsys, "quantize", file, "-o", output, "--plan", none, code=1)[1].startswith(f"error: {none}: ")
+
+
+def test_a_nan_is_an_error_that_names_the_layer(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = models.zimage()
+    tensors[f"{LAYER}.weight"][0, 0] = torch.nan
+    path = models.save(tmp_path / "m.safetensors", tensors)
+    _, err = call(capsys, "quantize", path, "-o", output, "--recipe", "mxfp8", code=1)
+    assert f"error: {path}: layer {LAYER}: the weight has 1 NaN values" in err.splitlines()[-1]
+    assert not output.exists()
+
+
+def test_an_existing_output_needs_overwrite(file: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output.write_bytes(b"precious")
+    command = ["quantize", file, "-o", output, "--recipe", "mxfp8"]
+    assert "exists already" in call(capsys, *command, code=1)[1]
+    assert output.read_bytes() == b"precious"
+    call(capsys, *command, "--overwrite")
+    assert output.stat().st_size > 1000
+
+
+def test_a_plan_is_not_written_over_the_model(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = file.read_bytes()
+    call(capsys, "plan", file, "--recipe", "mxfp8", "-o", file, code=1)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")
+def test_cuda_without_cuda_is_an_error(file: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = call(capsys, "quantize", file, "-o", output, "--recipe", "fp8", "--device", "cuda", code=1)
+    assert err == "error: --device cuda: this torch sees no CUDA GPU: use --device cpu or install a CUDA torch\n"
+
+
+# --- exit code 2: wrong usage
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["fly"],
+        ["inspect"],
+        ["quantize", "m", "-o", "o"],
+        ["quantize", "m", "-o", "o", "--recipe", "none"],
+        ["quantize", "m", "-o", "o", "--recipe", "fp8", "--plan", "p"],
+        ["quantize", "m", "-o", "o", "--recipe", "fp8", "--device", "tpu"],
+        ["plan", "m", "-o", "p"],
+        ["plan", "m", "-o", "p", "--recipe", "fp8", "--base", "fp8"],
+        ["plan", "m", "-o", "p", "--recipe", "fp8", "--exclude-layers", "x"],
+        ["plan", "m", "-o", "p", "--base", "fp8", "--exclude-layers", "("],
+        ["demo", "--seeds", "0"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(
+    words: list[str], file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, err = call(capsys, *[str(file) if word == "m" else word for word in words], code=2)
+    assert out == "" and "usage" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+# --- exit code 130: interrupted
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.attention.out.weight": torch.zeros(2048, 2048) for i in range(8)}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path = models.save(tmp_path / "m.safetensors", tensors)
+    command = [sys.executable, "-m", "quant_core.cli", "quantize", path, "-o", folder / "o.safetensors"]
+    process = subprocess.Popen(
+        [*map(str, command), "--recipe", "nvfp4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=models.ROOT
+    )
+    while process.poll() is None and not list(folder.iterdir()):
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == b"" and err.splitlines()[-1] == b"interrupted; nothing was left behind"
+    assert list(folder.iterdir()) == []
+
+
+def test_a_reader_that_leaves_early_is_no_error(file: Path) -> None:
+    command = [sys.executable, "-m", "quant_core.cli", "inspect", str(file), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=models.ROOT) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode in (0, 120)  # 120: the interpreter's own flush at exit
