@@ -17,22 +17,27 @@ PROVENANCE_KEY = "calibquant"
 FP8 = ("F8_E4M3", "F8_E5M2")
 
 
+# What ComfyUI's loader acts on; group_size, orig_dtype and orig_shape are ignored there and differ between tools.
+LOADER_FIELDS = ("format", "full_precision_matrix_mult", "convrot", "convrot_groupsize", "linear_dtype")
+
+
 def declared_formats(file: Headers, prefix: str = "") -> dict[str, str]:
     """Layer -> format as the file itself declares it, inline or in the header; a contradiction is an error."""
-    formats: dict[str, str] = {}
+    configs: dict[str, Any] = {}
     for layer, config in header_layers(file).items():
         if layer.startswith(prefix) or layer + ".weight" not in file.entries:
-            formats[layer if layer + ".weight" in file.entries else prefix + layer] = _format(file.path, layer, config)
+            configs[layer if layer + ".weight" in file.entries else prefix + layer] = config
     for key in file.entries:
         if key.endswith(".comfy_quant") and key.startswith(prefix):
             layer = key.removesuffix(".comfy_quant")
-            inline = _format(file.path, layer, read_config(file, layer))
-            if formats.setdefault(layer, inline) != inline:
+            inline = read_config(file, layer)
+            header = configs.setdefault(layer, inline)
+            if _acted_on(file.path, layer, header) != _acted_on(file.path, layer, inline):
                 raise CalibQuantError(
-                    f"{file.path}: layer {layer} is {inline} by its comfy_quant tensor and {formats[layer]} by "
-                    "the header: one of the two is wrong"
+                    f"{file.path}: layer {layer} is {inline} by its comfy_quant tensor and {header} by the header: "
+                    "one of the two is wrong: quantize again"
                 )
-    return formats
+    return {layer: _acted_on(file.path, layer, config)["format"] for layer, config in configs.items()}
 
 
 def header_layers(file: Headers) -> dict[str, Any]:
@@ -52,7 +57,7 @@ def read_config(file: Headers, layer: str) -> Any:
         raise CalibQuantError(f"{file.path}: layer {layer} has a damaged comfy_quant tensor ({e})") from e
 
 
-def _format(path: Path, layer: str, config: Any) -> str:
+def _acted_on(path: Path, layer: str, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("format"), str):
         raise CalibQuantError(f"{path}: layer {layer} has quantization data without a format: the file is damaged")
-    return config["format"]
+    return {name: config[name] for name in LOADER_FIELDS if config.get(name)}

@@ -17,7 +17,7 @@ import reference
 import torch
 from keys import make_keys
 
-from quant_core import pipeline, plan, recipes
+from quant_core import convert_to_quant, pipeline, plan, recipes
 from quant_core.errors import CalibQuantError
 from quant_core.layout import predicted_size
 from quant_core.plan import LayerPlan, Plan
@@ -219,6 +219,10 @@ EXCLUDED = r"layers\.0\.attention\.out|layers\.1\.feed_forward|noise_refiner|fin
 ON_CPU = ["--device", "cpu:0", "--calib_samples", "8", "--simple", "--custom-simple", "--comfy_quant"]
 
 
+def formats_of(made: Plan) -> dict[str, str]:
+    return {name: entry.format for name, entry in made.layers.items()}
+
+
 def run_tool(arguments: list[str], output: Path) -> dict[str, str]:
     """Layer -> format as the real tool decided."""
     command = models.python("from convert_to_quant import main; main()", *arguments, *ON_CPU)
@@ -248,7 +252,7 @@ def test_the_same_words_decide_as_the_real_tool(
     assert differing <= {"x_embedder", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"}
     # What this model and these words must show: custom beats exclusion and preset, exclusion beats base.
     out_0, gate_1, modulation = "layers.0.attention.out", "layers.1.feed_forward.w1", "layers.1.adaLN_modulation.0"
-    assert tool[out_0] == tool[modulation] == recipes.CTQ_TYPES[custom] and gate_1 not in tool
+    assert tool[out_0] == tool[modulation] == convert_to_quant.TYPES[custom] and gate_1 not in tool
 
 
 @NEEDS_TOOL
@@ -256,22 +260,22 @@ def test_the_real_tool_makes_our_plan_from_our_command(file: Path, tmp_path: Pat
     made = make_plan(file, "zimage-nvfp4-mixed")
     assert set(made.count()) == {"nvfp4", "mxfp8", "bf16"}
     output = tmp_path / "tool.safetensors"
-    program, *words = shlex.split(recipes.to_convert_to_quant(made, str(file), str(output)))
+    program, *words = shlex.split(convert_to_quant.to_command(formats_of(made), str(file), str(output)))
     assert program == "convert_to_quant"
     tool = run_tool(words, output)
-    assert tool == {name: entry.format for name, entry in made.quantized().items()}
+    assert tool == {name: fmt for name, fmt in formats_of(made).items() if fmt != "bf16"}
 
 
-@pytest.mark.parametrize("recipe", ["fp8-unscaled"])
-def test_what_the_tool_cannot_say_is_refused(recipe: str, file: Path) -> None:
+@pytest.mark.parametrize("formats", [["float8_e4m3fn_unscaled"], ["bf16"], ["nvfp4", "mxfp8", "int8_tensorwise"]])
+def test_what_the_tool_cannot_say_is_refused(formats: list[str]) -> None:
     with pytest.raises(CalibQuantError, match="convert_to_quant takes one base format"):
-        recipes.to_convert_to_quant(make_plan(file, recipe), "a", "b")
+        convert_to_quant.to_command({f"layers.{i}.w1": fmt for i, fmt in enumerate(formats)}, "a", "b")
 
 
 def test_a_folded_pattern_matches_exactly_its_layers() -> None:
     layers = ["layers.1.attention.out", "layers.11.attention.out", "x_embedder", "layers.2.w1"]
     others = ["layers.111.attention.out", "control_layers.1.attention.out", "layers.1.attention.out2", "layers.1.w1"]
-    pattern = re.compile(recipes.exact_pattern(layers))
+    pattern = re.compile(convert_to_quant.exact_pattern(layers))
     assert all(pattern.search(f"{name}.weight") for name in layers)
     assert not any(pattern.search(f"{name}.weight") for name in others)
 
