@@ -8,6 +8,7 @@ torch takes longer than reading the header of any model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -78,6 +79,19 @@ class Headers:
     def nbytes(self) -> int:
         """Bytes on disk of all files."""
         return sum(file.stat().st_size for file in self.files)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the headers and 64 pieces of 4 kB spread over the data: tells fine-tunes apart in no time."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            with open(file, "rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                digest.update(f.read(length))
+                for i in range(64):
+                    f.seek(8 + length + (size - 8 - length) * i // 64)
+                    digest.update(f.read(4096))
+        return digest.hexdigest()
 
     def entry(self, name: str) -> TensorEntry:
         if name not in self.entries:

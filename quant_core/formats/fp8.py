@@ -34,7 +34,8 @@ class FP8:
     def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
         # A scale of 1 for an all-zero tensor: the loader divides by it.
         # Not a power of two, unlike NVFP4's: that costs up to 2.4 % of error here (benchmarks/scales.py).
-        return torch.where(amax == 0, E4M3_MAX, amax) / E4M3_MAX
+        # Not below the smallest normal number: its reciprocal would be Inf, and Inf * 0 is NaN.
+        return (torch.where(amax == 0, E4M3_MAX, amax) / E4M3_MAX).clamp(min=2.0**-126)
 
     def quantize(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> Codes:
         scaled = (weight * (1.0 / tensor_scale)).clamp_(-E4M3_MAX, E4M3_MAX)
