@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -363,3 +364,33 @@ def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:
     count, calls = (int(file.read(f"{name}.{key}")) for key in ("count", "calls"))
     mean, sqmean = (float(file.read(f"{name}.{key}")) for key in ("output_mean", "output_sqmean"))
     return LayerStats(group, count, calls, output_mean=mean, output_sqmean=sqmean, **vectors)
+
+
+def describe(calibration: Calibration) -> str:
+    """Layers, rows, amax and outlier ratio (worst / median channel, of E[x^2] ** .5) per layer type, as a table."""
+    info = calibration.info
+    groups: dict[str, list[LayerStats]] = {}
+    for name, stats in calibration.layers.items():
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), []).append(stats)
+    head = f"{'layers':<44}{'n':>4}{'rows seen':>12}{'amax':>11}{'worst/median':>14}{'output var.':>13}"
+    lines = [
+        f"{info.get('source_file', 'unknown source')}: {info.get('architecture', 'unknown family')}, "
+        f"{len(calibration.layers)} layers, {len(info.get('runs', []))} runs",
+        f"sigmas {len(info.get('sigmas', {}))}, cond rows {info.get('cond_rows', 0)}, uncond rows "
+        f"{info.get('uncond_rows', 0)}, sampled rows {sum(len(r.keys) for r in calibration.rows.values())}",
+        head,
+        "-" * len(head),
+    ]
+    for kind, members in groups.items():
+        ratio = max(outlier_ratio(stats) for stats in members)
+        amax = max(float(stats.input_amax.max()) for stats in members)
+        variance = sum(stats.output_variance for stats in members) / len(members)
+        rows = sum(stats.count for stats in members)
+        lines.append(f"{kind:<44}{len(members):>4}{rows:>12}{amax:>11.3g}{ratio:>14.1f}{variance:>13.3g}")
+    return "\n".join(lines)
+
+
+def outlier_ratio(stats: LayerStats) -> float:
+    """RMS of the loudest input channel over the median channel's."""
+    rms = stats.input_sqmean.sqrt()
+    return float(rms.max() / rms.median().clamp(min=1e-30))

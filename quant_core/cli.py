@@ -20,6 +20,7 @@ from .errors import CalibQuantError, OptionError
 from .textfile import gigabytes
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .plan import Plan
     from .scoring import ScoreOptions
     from .source import Source
@@ -142,7 +143,10 @@ def _demo_options(c: argparse.ArgumentParser) -> None:
 def _decision_options(c: argparse.ArgumentParser) -> None:
     from . import convert_to_quant, recipes
 
-    c.add_argument("--recipe", choices=list(recipes.RECIPES), help="a named rule set")
+    c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
+    c.add_argument("--calibration", type=Path, metavar="C", help="a *.calibration.safetensors of this model")
+    c.add_argument("--no-input-scale", action="store_true", help="leave activation scales to the loader")
+    c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
     c.add_argument("--percentiles", nargs=2, type=_number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=_number, metavar="R", help="share of layers, worst first, kept in 16 bit")
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
@@ -190,6 +194,34 @@ def _regex(text: str) -> str:
 def _make_plan(source: Source, args: argparse.Namespace) -> Plan:
     from . import recipes
 
+    calibration = _calibration(source, args)
+    plan = _uncalibrated_plan(source, args, calibration)
+    return plan if calibration is None or args.no_input_scale else recipes.calibrated(source, plan, calibration)
+
+
+def _calibration(source: Source, args: argparse.Namespace) -> Calibration | None:
+    from . import calibration, recipes
+
+    if args.calibration is None:
+        return None
+    loaded = calibration.load(args.calibration)
+    try:
+        recipes.check_calibration(source, loaded)
+    except CalibQuantError as e:
+        if not args.force_calibration:
+            raise
+        print(f"warning: {e}; going on because of --force-calibration", file=sys.stderr)
+    return loaded
+
+
+def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Calibration | None) -> Plan:
+    from . import recipes
+
+    if args.recipe in HSWQ:
+        if calibration is None:
+            raise OptionError(f"--recipe {args.recipe} needs --calibration C")
+        ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
+        return recipes.hswq(source, calibration, ratio, scaled=args.recipe == "hswq")
     ways = [args.recipe, args.percentiles, args.keep_ratio is not None, args.base and args.keep_ratio is None]
     if sum(map(bool, ways)) != 1:
         raise OptionError("give one of --recipe NAME, --percentiles FP8 KEEP, --keep-ratio R, --base TYPE")
@@ -300,9 +332,16 @@ def _quantize(args: argparse.Namespace) -> None:
         raise OptionError("give --plan PLAN.json, or --recipe NAME (one of the two)")
     with Source(args.file, args.architecture) as source:
         made = plan.load(args.plan) if args.plan else _make_plan(source, args)
+        seen = _calibration(source, args)
         with Bar("quantize") as bar:
             report = pipeline.quantize(
-                source, made, args.output, overwrite=args.overwrite, device=args.device, progress=bar
+                source,
+                made,
+                args.output,
+                overwrite=args.overwrite,
+                device=args.device,
+                calibration=seen,
+                progress=bar,
             )
         if args.verify:
             with Bar("verify") as bar:
@@ -368,6 +407,32 @@ class Bar:
         self._bar.update(done - self._bar.n)
 
 
+def _calibration_command(args: argparse.Namespace) -> None:
+    from . import calibration
+
+    loaded = [calibration.load(file) for file in args.files]
+    if args.action == "info":
+        if len(loaded) > 1:
+            raise OptionError("calibration info takes one FILE")
+        print(calibration.describe(loaded[0]))
+        return
+    if args.output is None:
+        raise OptionError("calibration merge needs -o OUT.safetensors")
+    merged = loaded[0]
+    for other in loaded[1:]:
+        merged = calibration.merge(merged, other)
+    calibration.save(merged, args.output, args.overwrite)
+    print(f"{args.output}: {len(merged.layers)} layers, {len(merged.info.get('runs', []))} runs")
+
+
+def _calibration_options(c: argparse.ArgumentParser) -> None:
+    c.add_argument("action", choices=["info", "merge"])
+    c.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    c.add_argument("-o", "--output", type=Path, metavar="OUT.safetensors", help="of merge")
+    c.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+HSWQ = ("hswq", "hswq-v1")
 Command = tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]
 COMMANDS: dict[str, Command] = {
     "inspect": (_inspect, _inspect_options, "what a file is: architecture, layers, formats, bytes, provenance"),
@@ -376,6 +441,7 @@ COMMANDS: dict[str, Command] = {
     "quantize": (_quantize, _quantize_options, "write the quantized file"),
     "compare": (_compare, _compare_options, "per-layer weight error of a finished file, worst first"),
     "convert": (_convert, _convert_options, "HSWQ V2 (.scale) and legacy scaled_fp8 files -> native dialect"),
+    "calibration": (_calibration_command, _calibration_options, "what is in a calibration file; merge several"),
     "demo": (_demo, _demo_options, "the whole job on the model that ships with the pack"),
 }
 

@@ -33,6 +33,8 @@ def layer_specs(source: Source, layer: str, entry: LayerPlan) -> list[TensorSpec
         return [TensorSpec(f"{layer}.weight", source.kept_dtype(layer), source.shape(layer))]
     layout = FORMATS[entry.format].layout(source.shape(layer))
     specs = [TensorSpec(f"{layer}.{suffix}", dtype, shape) for suffix, (dtype, shape) in layout.items()]
+    if entry.input_scale is not None:
+        specs.append(TensorSpec(f"{layer}.input_scale", torch.float32, ()))
     config = layer_config(entry)
     if config is not None:
         specs.append(TensorSpec(f"{layer}.comfy_quant", torch.uint8, (len(encode_config(config)),)))
@@ -73,8 +75,8 @@ def output_metadata(source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, 
         "source": {"file": source.name, "sha256": sha256},
         "architecture": plan.architecture,
         "recipe": plan.recipe,
-        "rounding": "nearest",
-        "calibration": None,
+        "rounding": sorted({entry.rounding for entry in plan.layers.values()}),
+        "calibration": plan.calibration,
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
     }

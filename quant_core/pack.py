@@ -34,9 +34,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def nearest(weight: torch.Tensor, fmt: Format, device: torch.device, where: str) -> Packed:
+def nearest(
+    weight: torch.Tensor, fmt: Format, device: torch.device, where: str, scale: torch.Tensor | None = None
+) -> Packed:
     """Round ``[out, ...]`` (any float dtype) to nearest in ``fmt``.
 
+    scale: a per-tensor scale (float32 scalar) chosen elsewhere, instead of the format's own rule.
     ``where`` ("FILE: layer L") begins the message of the CalibQuantError raised for a NaN or Inf weight.
     """
     flat = weight.reshape(weight.shape[0], -1)
@@ -44,7 +47,7 @@ def nearest(weight: torch.Tensor, fmt: Format, device: torch.device, where: str)
     if device.type != "cpu":
         flat, rows = flat.to(device), flat.shape[0]
     amax, energy = _scan(flat, rows, where)
-    scale = fmt.tensor_scale(amax)
+    scale = fmt.tensor_scale(amax) if scale is None else scale.to(flat.device)
     tensors, error = (_by_chunks if device.type == "cpu" else _by_kernel)(flat, fmt, scale, rows)
     if weight.dim() != 2:  # Conv weights are rounded as matrices and stored in their own shape
         tensors["weight"] = tensors["weight"].view(weight.shape)

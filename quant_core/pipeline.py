@@ -6,18 +6,21 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import hswq
+from .calibration import Calibration
 from .checkpoint import DTYPES, Checkpoint, Hasher, TensorSpec, Writer, check_target
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE
 from .layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
 from .markers import METADATA_KEY
-from .modelfile import NATIVE
-from .pack import nearest, pick_device
+from .modelfile import NATIVE, ModelFile
+from .pack import Packed, nearest, pick_device
 from .plan import LayerPlan, Plan
 from .progress import Progress
 from .quality import LayerReport, Report
@@ -36,10 +39,12 @@ def quantize(
     device: str = "auto",
     merge: Merge | None = None,
     merged: str = "",
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
 
+    calibration is needed for layers whose rounding weighs channels by importance (HSWQ).
     merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
@@ -55,7 +60,7 @@ def quantize(
     hasher = Hasher(source.checkpoint.files)
     try:
         with Writer(output, specs, metadata, overwrite) as writer:
-            layers = _write_tensors(source, plan, writer, where, merge, progress)
+            layers = _write_tensors(source, plan, writer, _Rounding(source, where, calibration), merge, progress)
             writer.set_metadata(output_metadata(source, plan, hasher.result(), merged))
     finally:
         hasher.cancel()
@@ -72,7 +77,7 @@ def quantize(
 
 
 def _write_tensors(
-    source: Source, plan: Plan, writer: Writer, device: torch.device, merge: Merge, progress: Progress | None
+    source: Source, plan: Plan, writer: Writer, rounding: _Rounding, merge: Merge, progress: Progress | None
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
     reports = []
@@ -82,7 +87,7 @@ def _write_tensors(
         layer = key.removesuffix(".weight")
         entry = plan.layers.get(layer) if key.endswith(".weight") else None
         if entry and entry.format != SOURCE:
-            reports.append(_write_layer(source, layer, entry, writer, device, merge))
+            reports.append(_write_layer(source, layer, entry, writer, rounding, merge))
             continue
         if key in merge or source.is_scaled(key):
             weight = source.load(layer) if key.endswith(".weight") else source.checkpoint.read(key)
@@ -100,11 +105,13 @@ def _write_tensors(
 
 
 def _write_layer(
-    source: Source, layer: str, entry: LayerPlan, writer: Writer, device: torch.device, merge: Merge
+    source: Source, layer: str, entry: LayerPlan, writer: Writer, rounding: _Rounding, merge: Merge
 ) -> LayerReport:
     weight = _merged(source.load(layer), f"{layer}.weight", merge)
-    packed = nearest(weight, FORMATS[entry.format], device, f"{source.path}: layer {layer}")
+    packed, gains = rounding.pack(layer, entry, weight)
     tensors = {**packed.tensors}
+    if entry.input_scale is not None:
+        tensors["input_scale"] = torch.tensor(entry.input_scale, dtype=torch.float32)
     config = layer_config(entry)
     if config is not None:
         tensors["comfy_quant"] = encode_config(config)
@@ -112,7 +119,30 @@ def _write_layer(
         writer.write(f"{layer}.{suffix}", tensor)
     nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
     error = packed.error / packed.energy if packed.energy else packed.error
-    return LayerReport(layer, entry.format, error, source.shape(layer), nbytes, entry.reason)
+    return LayerReport(layer, entry.format, error, source.shape(layer), nbytes, entry.reason, gains)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """How the layers of one job are rounded, and what that needs."""
+
+    source: ModelFile
+    device: torch.device
+    calibration: Calibration | None
+
+    def pack(self, layer: str, entry: LayerPlan, weight: torch.Tensor) -> tuple[Packed, dict[str, float] | None]:
+        fmt, where = FORMATS[entry.format], f"{self.source.path}: layer {layer}"
+        if entry.rounding == "nearest":
+            return nearest(weight, fmt, self.device, where), None
+        seen = self.calibration.layers.get(layer.removeprefix(self.source.prefix)) if self.calibration else None
+        if seen is None:
+            raise CalibQuantError(f"{where}: rounding {entry.rounding} needs a calibration of this layer: give one")
+        if not torch.isfinite(weight).all():
+            return nearest(weight, fmt, self.device, where), None  # raises the one error for NaN and Inf
+        found = hswq.histogram(weight, seen.input_absmean)
+        amax = hswq.search(found, scaled=fmt.config() is not None)[0]
+        scale = torch.tensor(amax / hswq.TOP if amax else 1.0) if fmt.config() else None
+        return nearest(weight, fmt, self.device, where, scale), asdict(hswq.gains(found))
 
 
 def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:

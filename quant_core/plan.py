@@ -13,6 +13,7 @@ from .formats import FORMATS, SOURCE
 from .textfile import read_text, write_text
 
 FORMAT_VERSION = 1
+ROUNDINGS = ("nearest", "hswq")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class LayerPlan:
     format: str  # a key of FORMATS, or "bf16": left in the source dtype
     reason: str
     full_precision: bool = False  # W4A16 / W8A16: the loader dequantizes instead of quantizing activations
+    input_scale: float | None = None  # of activations, from a calibration's amax; None: the loader's own rule
+    rounding: str = "nearest"  # or "hswq": the scale that HSWQ's weighted search finds
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Plan:
     source: str
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     size: int = 0
+    calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
 
     def count(self) -> dict[str, int]:
         """Layers per format, in the order of the format table, "bf16" last."""
@@ -64,7 +68,14 @@ def from_json(text: str, origin: str = "plan") -> Plan:
         raise CalibQuantError(f"{origin}: plan format version {version} is not {FORMAT_VERSION}: make the plan again")
     try:
         layers = {name: _layer(origin, name, entry) for name, entry in raw["layers"].items()}
-        return Plan(str(raw["architecture"]), str(raw["recipe"]), str(raw["source"]), layers, int(raw["size"]))
+        return Plan(
+            str(raw["architecture"]),
+            str(raw["recipe"]),
+            str(raw["source"]),
+            layers,
+            int(raw["size"]),
+            raw.get("calibration"),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CalibQuantError(f"{origin}: is no plan of this tool ({e!r}): make the plan again") from e
 
@@ -77,4 +88,14 @@ def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
     fmt = entry["format"]
     if fmt != SOURCE and fmt not in FORMATS:
         raise CalibQuantError(f"{origin}: layer {name}: unknown format {fmt!r}: use {', '.join([*FORMATS, SOURCE])}")
-    return LayerPlan(fmt, str(entry.get("reason", "")), bool(entry.get("full_precision", False)))
+    rounding = entry.get("rounding", "nearest")
+    if rounding not in ROUNDINGS:
+        raise CalibQuantError(f"{origin}: layer {name}: unknown rounding {rounding!r}: use {', '.join(ROUNDINGS)}")
+    scale = entry.get("input_scale")
+    return LayerPlan(
+        fmt,
+        str(entry.get("reason", "")),
+        bool(entry.get("full_precision", False)),
+        None if scale is None else float(scale),
+        rounding,
+    )

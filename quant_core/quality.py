@@ -35,6 +35,7 @@ class LayerReport:
     shape: tuple[int, ...]
     nbytes: int
     reason: str = ""
+    gains: dict[str, float] | None = None  # importance-weighted relative error by ingredient (hswq.Gains)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,17 @@ class Report:
         worst = self.worst()
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._gains()])
+
+    def _gains(self) -> list[str]:
+        """What each of HSWQ's ingredients gave, averaged over the layers it was used on."""
+        measured = [layer.gains for layer in self.layers if layer.gains]
+        if not measured:
+            return []
+        means = {name: sum(g[name] for g in measured) / len(measured) for name in measured[0]}
+        plain = means["plain_cast"] or 1.0
+        parts = [f"{name.replace('_', ' ')} {m:.2e} ({100 * (m / plain - 1):+.1f} %)" for name, m in means.items()]
+        return [f"HSWQ, importance-weighted error, mean of {len(measured)} layers: " + ", ".join(parts)]
 
 
 class QuantizedFile:

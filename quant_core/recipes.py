@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import convert_to_quant, scoring
 from .architectures import LayerInfo
-from .errors import CalibQuantError
+from .calibration import Calibration
+from .errors import CalibQuantError, OptionError
 from .formats import FORMATS, SOURCE, title
 from .layout import predicted_size
 from .plan import LayerPlan, Plan
@@ -24,6 +26,10 @@ from .source import Source
 FALLBACK = {"nvfp4": "mxfp8", "mxfp8": "float8_e4m3fn", "int8_tensorwise": SOURCE, "float8_e4m3fn": SOURCE}
 # FP8 without a calibrated input_scale would quantize activations at scale 1.0 (56 % error at x ~ 1e-3).
 WEIGHT_ONLY = {"float8_e4m3fn": "weights only (w8a16): no calibrated input_scale"}
+
+
+# What an input_scale of 1 stands for: the largest value of the activation's format.
+ACTIVATION_MAX = {"float8_e4m3fn": 448.0, "nvfp4": 2688.0}
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,11 @@ def make_plan(source: Source, recipe: Recipe | str) -> Plan:
     if recipe.convolutions:
         in_blocks = (c for c in source.convolutions if source.architecture.describe(c).block is not None)
         layers |= {c: LayerPlan(recipe.base, f"recipe {recipe.name}, Conv weight") for c in in_blocks}
-    return sized(source, recipe.name, layers)
+    return sized(source, Plan(source.architecture.name, recipe.name, source.name, layers))
 
 
-def sized(source: Source, name: str, layers: dict[str, LayerPlan]) -> Plan:
-    """The plan of these decisions with the exact size of the file it makes."""
-    plan = Plan(source.architecture.name, name, source.name, layers)
+def sized(source: Source, plan: Plan) -> Plan:
+    """The plan with the exact size of the file it makes."""
     return replace(plan, size=predicted_size(source, plan))
 
 
@@ -162,10 +167,75 @@ def keep_worst(source: Source, probed: Probe, ratio: float, base: str = "nvfp4")
     return _plan_of(source, f"keep-ratio {ratio:g}", wishes)
 
 
+def hswq(source: Source, calibration: Calibration, ratio: float = 0.25, scaled: bool = True) -> Plan:
+    """HSWQ: the share ``ratio`` of layers with the largest output variance stays, the rest is FP8.
+
+    scaled: V2, with a searched scale in the native dialect; else V1, a plain cast (Linear layers only).
+    """
+    if not 0 <= ratio <= 1:
+        raise OptionError(f"--keep-ratio {ratio:g}: must lie between 0 and 1")
+    candidates = {n: i for n, i in source.layers.items() if not i.protected}
+    stats = {n: calibration.layers.get(n.removeprefix(source.prefix)) for n in candidates}
+    missing = [n for n, seen in stats.items() if seen is None]
+    if missing:
+        raise CalibQuantError(f"{source.path}: layer {missing[0]} is not in the calibration: calibrate this model")
+    ranked = sorted(stats, key=lambda n: (-stats[n].output_variance, n))
+    kept = set(ranked[: int(len(ranked) * ratio)])
+    fmt = "float8_e4m3fn" if scaled else "float8_e4m3fn_unscaled"
+    wishes = {
+        n: LayerPlan(
+            SOURCE if n in kept else fmt,
+            f"output variance {stats[n].output_variance:.3g}, rank {i + 1} of {len(ranked)}",
+            rounding="nearest" if n in kept else "hswq",
+        )
+        for i, n in enumerate(ranked)
+    }
+    plan = _plan_of(source, "hswq" if scaled else "hswq-v1", wishes)
+    return sized(source, replace(plan, calibration=summary(calibration)))
+
+
+def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
+    """The plan with an ``input_scale`` for every FP8 and NVFP4 layer, from the largest activation seen (amax).
+
+    Never a percentile: clipping activations costs more than the finer grid gains (facts/peers.md §3.3). FP8 layers
+    that ran weight-only for want of a scale are freed to run W8A8.
+    """
+    layers = dict(plan.layers)
+    for name, entry in plan.layers.items():
+        seen = calibration.layers.get(name.removeprefix(source.prefix))
+        amax = float(seen.input_amax.max()) if seen else 0.0
+        if entry.format in ACTIVATION_MAX and amax > 0:
+            note = WEIGHT_ONLY.get(entry.format, "")
+            reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
+            scale = amax / ACTIVATION_MAX[entry.format]
+            layers[name] = replace(entry, reason=reason, full_precision=False, input_scale=scale)
+    return sized(source, replace(plan, layers=layers, calibration=summary(calibration)))
+
+
+def summary(calibration: Calibration) -> dict[str, Any]:
+    """What a plan and the header of a file say of the calibration they were made with."""
+    names = ("source_file", "source_fingerprint", "tool", "steps", "sampler", "scheduler", "cfg")
+    known = {name: calibration.info[name] for name in names if calibration.info.get(name) is not None}
+    return {**known, "runs": len(calibration.info.get("runs", [])), "layers": len(calibration.layers)}
+
+
+def check_calibration(source: Source, calibration: Calibration) -> None:
+    """CalibQuantError when the calibration is of another architecture or of another file."""
+    family, made_for = source.architecture.name, calibration.info.get("architecture")
+    if made_for not in (None, family):
+        raise CalibQuantError(f"{source.path}: is {family}, the calibration is of {made_for}: calibrate this model")
+    fingerprint = calibration.info.get("source_fingerprint")
+    if fingerprint not in (None, source.checkpoint.fingerprint()):
+        raise CalibQuantError(
+            f"{source.path}: the calibration was made with another file ({calibration.info.get('source_file')}): "
+            "calibrate this model, or insist with --force-calibration"
+        )
+
+
 def _plan_of(source: Source, name: str, wishes: Mapping[str, LayerPlan]) -> Plan:
     kept = LayerPlan(SOURCE, "not scored")
     layers = {layer: legal(wishes.get(layer, kept), info, source.shape(layer)) for layer, info in source.layers.items()}
-    return sized(source, name, layers)
+    return sized(source, Plan(source.architecture.name, name, source.name, layers))
 
 
 def by_recipe_name(name: str) -> Recipe:
@@ -186,7 +256,8 @@ def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bo
         obstacle = FORMATS[fmt].obstacle(shape) or (info.detects_shape if fmt == "nvfp4" else "")
         if not obstacle:
             note = WEIGHT_ONLY.get(fmt, "")
-            return LayerPlan(fmt, f"{reason}; {note}" if note else reason, wish.full_precision or bool(note))
+            reason = f"{reason}; {note}" if note else reason
+            return replace(wish, format=fmt, reason=reason, full_precision=wish.full_precision or bool(note))
         reason = f"not {title(fmt)}: {obstacle}"
         fmt = FALLBACK.get(fmt, SOURCE)
     return LayerPlan(SOURCE, reason)
