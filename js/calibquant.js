@@ -47,7 +47,7 @@ function addWidget(node) {
 
 function show(node, text) {
   const widget = node.widgets?.find((w) => w.name === WIDGET) ?? addWidget(node);
-  widget.element.firstChild.textContent = text;
+  widget.element.firstChild.textContent = text.trim();
   grow(node);
 }
 

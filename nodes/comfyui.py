@@ -85,7 +85,9 @@ def output_path(prefix: str, model_name: str) -> tuple[Path, str]:
     kind = "checkpoints" if model_name.startswith(CHECKPOINTS) else "diffusion_models"
     parts = prefix.replace("\\", "/").strip("/").split("/")
     if not parts[-1] or ".." in parts:
-        raise CalibQuantError(f"filename_prefix {prefix!r} is no name inside output/{kind}: use one like calibquant/model")
+        raise CalibQuantError(
+            f"filename_prefix {prefix!r} is no name inside output/{kind}: use one like calibquant/model"
+        )
     root = folder_paths.get_output_directory()
     folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(f"{kind}/{prefix}", root)
     os.makedirs(folder, exist_ok=True)

@@ -259,13 +259,22 @@ def test_progress_counts_to_the_end(file: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [describe.inspect, quality.QuantizedFile, Source])
-def test_a_header_that_contradicts_its_tensors_is_refused(read: Callable[[Path], object], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "header", [{"format": "mxfp8"}, {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}]
+)
+def test_a_header_that_contradicts_its_tensors_is_refused(
+    header: dict[str, object], read: Callable[[Path], object], tmp_path: Path
+) -> None:
     model = models.native(models.zimage())
-    header = models.header_metadata({LAYER: {"format": "mxfp8"}})
-    path = models.save(tmp_path / "m.safetensors", model.tensors, header)
-    message = f"layer {re.escape(LAYER)} is float8_e4m3fn by its comfy_quant tensor and mxfp8 by the header"
-    with pytest.raises(CalibQuantError, match=message):
+    path = models.save(tmp_path / "m.safetensors", model.tensors, models.header_metadata({LAYER: header}))
+    with pytest.raises(CalibQuantError, match=f"layer {re.escape(LAYER)} is .* by the header: one of the two is wrong"):
         read(path)
+
+
+def test_what_the_loader_ignores_may_differ(tmp_path: Path) -> None:
+    header = models.header_metadata({LAYER: {"format": "float8_e4m3fn", "orig_dtype": "torch.bfloat16"}})
+    path = models.save(tmp_path / "m.safetensors", models.native(models.zimage()).tensors, header)
+    assert describe.inspect(path)["layers"][LAYER]["format"] == "float8_e4m3fn"
 
 
 @pytest.mark.parametrize("inline", [b"{", b"[]", b'{"format": 3}', b"\xff"])

@@ -48,6 +48,13 @@ function readGraph() {
   };
 }
 
+async function chooseRecipe(page, recipe) {
+  await page.evaluate((value) => {
+    const plan = window.app.graph.nodes.find((n) => n.type === "CalibQuantPlan");
+    plan.widgets.find((w) => w.name === "strategy.recipe").value = value;
+  }, recipe);
+}
+
 async function run(name, vue) {
   const { browser, page, errors } = await openPage(url, { vue });
   try {
@@ -57,10 +64,7 @@ async function run(name, vue) {
     check(`${name}: Load Diffusion Model takes the saved file by a link`,
       loader && prompt[loader.inputs.unet_name[0]].class_type === "CalibQuantQuantize", prompt);
     await queueAndWait(page, url);
-    await page.evaluate(() => {  // another plan, so that our nodes run again
-      const plan = window.app.graph.nodes.find((n) => n.type === "CalibQuantPlan");
-      plan.widgets.find((w) => w.name === "strategy.recipe").value = "mxfp8";
-    });
+    await chooseRecipe(page, "mxfp8"); // another plan, so that our nodes run again
     await queueAndWait(page, url);
     await fit(page);
     const seen = await page.evaluate(readGraph);
@@ -75,6 +79,12 @@ async function run(name, vue) {
     check(`${name}: both pictures arrive`, seen.pictures.join() === "1,1", seen.pictures);
     check(`${name}: no error in the page`, errors.length === 0, errors);
     if (shots) await page.screenshot({ path: join(shots, `${name}_graph.png`) });
+    await chooseRecipe(page, "zimage-nvfp4-mixed"); // not for the demo model
+    const reason = await queueAndWait(page, url).catch((error) => error.message);
+    await page.waitForTimeout(1000);
+    const told = (await page.evaluate(readGraph)).texts.flat();
+    check(`${name}: an error is told on its node`, told.some((t) => t.includes("is for zimage")), [reason, told]);
+    if (shots) await page.screenshot({ path: join(shots, `${name}_error.png`) });
   } finally {
     await browser.close();
   }

@@ -1,0 +1,449 @@
+"""The nodes, in this process and through a real ComfyUI server, and the example workflow that ships with them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import re
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from comfy_env import PACK_NAME, PromptInterrupted, Server, ServerError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from quant_core import pipeline, recipes
+from quant_core.errors import CalibQuantError
+from quant_core.source import Source
+
+MODEL = "calibquant_digits_wan.safetensors"
+DEMO = models.ROOT / "workflows" / "models" / MODEL
+NODE_IDS = ["CalibQuantPlan", "CalibQuantQuantize", "CalibQuantLoadPromptSet"]
+WORKFLOW = "quantize_demo_model"
+Graph = dict[str, Any]
+
+
+# --- in this process
+
+
+@pytest.fixture(scope="module")
+def pack(comfy: Path) -> dict[str, Any]:
+    """The pack as ComfyUI loads it: its node classes by id."""
+    nodes = importlib.import_module("nodes")
+    assert asyncio.run(nodes.load_custom_node(str(models.ROOT)))
+    return {name: nodes.NODE_CLASS_MAPPINGS[name] for name in NODE_IDS}
+
+
+def execute(node: Any, **inputs: Any) -> tuple[Any, ...]:
+    """Run a node as ComfyUI does; its outputs."""
+    with torch.inference_mode():
+        return node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(**inputs).result
+
+
+@pytest.fixture
+def model_file(comfy: Path) -> Iterator[Callable[[str, models.Tensors], Path]]:
+    """Save a copy of the demo model (or another model) into models/diffusion_models; removed at the end."""
+    made = []
+
+    def save(name: str, tensors: models.Tensors) -> Path:
+        made.append(comfy / "models" / "diffusion_models" / name)
+        return models.save(made[-1], tensors, demo_metadata())
+
+    yield save
+    for path in made:
+        path.unlink()
+
+
+def demo_metadata() -> dict[str, str]:
+    with safe_open(DEMO, "pt") as file:
+        return file.metadata()
+
+
+def make_plan(pack: dict[str, Any], model_name: str, recipe: str) -> Any:
+    strategy = {"strategy": "recipe", "recipe": recipe}
+    return execute(pack["CalibQuantPlan"], model_name=model_name, strategy=strategy)[0]
+
+
+def test_pack_brings_its_nodes_and_models(pack: dict[str, Any], comfy: Path) -> None:
+    folder_paths = importlib.import_module("folder_paths")
+    assert [node.GET_SCHEMA().node_id for node in pack.values()] == NODE_IDS
+    assert all(node.GET_SCHEMA().category == "quantization/CalibQuant" for node in pack.values())
+    assert MODEL in folder_paths.get_filename_list("diffusion_models")
+    assert "calibquant_digits_vae.safetensors" in folder_paths.get_filename_list("vae")
+    assert folder_paths.get_filename_list("calibquant_promptsets") == ["digits.safetensors"]
+
+
+def described(inputs: list[Any]) -> Iterator[tuple[str, str | None]]:
+    """(id, tooltip) of inputs, those of a DynamicCombo's options included."""
+    for entry in inputs:
+        yield entry.id, entry.tooltip
+        for option in getattr(entry, "options", None) or []:
+            yield from described(getattr(option, "inputs", []))
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_every_input_and_output_is_explained(pack: dict[str, Any], node_id: str) -> None:
+    schema = pack[node_id].GET_SCHEMA()
+    page = (models.ROOT / "js" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    explained = [
+        *described(schema.inputs),
+        *((output.display_name or output.id, output.tooltip) for output in schema.outputs),
+    ]
+    assert len(explained) >= 3
+    for name, tooltip in explained:
+        assert tooltip and len(tooltip) > 10, name
+        assert f"**{name}**" in page, f"{node_id}.md does not explain {name}"
+    for heading in ("## Inputs", "## Output", "## Example", "## What goes wrong"):
+        assert heading in page
+
+
+LORA_LAYERS = ["blocks.0.self_attn.q", "blocks.1.ffn.0", "blocks.2.cross_attn.v"]
+RANK, ALPHA, STRENGTH = 4, 2.0, 0.75
+
+
+def make_lora(path: Path, layers: list[str], seed: int = 3) -> dict[str, torch.Tensor]:
+    """A LoRA file; returns what it adds to each layer's weight at full strength 1, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: tensor.shape for name, tensor in load_file(DEMO).items()}
+    tensors, deltas = {}, {}
+    for layer in layers:
+        rows, cols = shapes[f"{layer}.weight"]
+        up = torch.randn(rows, RANK, generator=generator) * 0.1
+        down = torch.randn(RANK, cols, generator=generator) * 0.1
+        key = f"diffusion_model.{layer}"
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(ALPHA)}
+        deltas[layer] = ALPHA / RANK * (up @ down)
+    save_file(tensors, path)
+    return deltas
+
+
+def load_with_lora(model_name: str, lora_name: str) -> Any:
+    nodes = importlib.import_module("nodes")
+    with torch.inference_mode():
+        (model,) = nodes.UNETLoader().load_unet(model_name, "default")
+        (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, lora_name, STRENGTH)
+    return patched
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp8", "fp8", "int8"])
+def test_baked_lora_equals_a_lora_merged_by_hand(
+    recipe: str, pack: dict[str, Any], comfy: Path, model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan = make_plan(pack, MODEL, recipe)
+    kept = next(layer for layer, entry in plan.layers.items() if entry.format == "bf16")
+    layers = [*LORA_LAYERS, kept]
+    deltas = make_lora(comfy / "models" / "loras" / "test.safetensors", layers)
+    patched = load_with_lora(MODEL, "test.safetensors")
+    name, _ = execute(
+        pack["CalibQuantQuantize"],
+        model_name=MODEL,
+        plan=plan,
+        filename_prefix="lora/baked",
+        verify=True,
+        model=patched,
+    )
+    baked = load_file(comfy / "output" / "diffusion_models" / name)
+
+    merged = load_file(DEMO)
+    for layer in layers:
+        weight = merged[f"{layer}.weight"].float() + STRENGTH * deltas[layer]
+        merged[f"{layer}.weight"] = weight if layer in LORA_LAYERS else weight.to(merged[f"{layer}.weight"].dtype)
+    by_hand = models.save(tmp_path / "merged.safetensors", merged, demo_metadata())
+    with Source(by_hand) as source:
+        pipeline.quantize(source, recipes.make_plan(source, recipe), tmp_path / "q.safetensors")
+    expected, plain = load_file(tmp_path / "q.safetensors"), load_file(DEMO)
+
+    assert baked.keys() == expected.keys()
+    different = [key for key in baked if not torch.equal(_bytes(baked[key]), _bytes(expected[key]))]
+    assert not different
+    assert not torch.equal(baked[f"{kept}.weight"], plain[f"{kept}.weight"])  # the LoRA reached the kept layer too
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_lora_changes_the_provenance(pack: dict[str, Any], comfy: Path) -> None:
+    plan, seen = make_plan(pack, MODEL, "fp8"), set()
+    for seed in (1, 2):
+        make_lora(comfy / "models" / "loras" / f"{seed}.safetensors", LORA_LAYERS, seed)
+        for model in (None, load_with_lora(MODEL, f"{seed}.safetensors")):
+            name, _ = execute(
+                pack["CalibQuantQuantize"],
+                model_name=MODEL,
+                plan=plan,
+                filename_prefix="lora/hash",
+                verify=False,
+                model=model,
+            )
+            with safe_open(comfy / "output" / "diffusion_models" / name, "pt") as file:
+                seen.add(json.loads(file.metadata()["calibquant"])["merged_patches_sha256"])
+    assert len(seen) == 3  # none, and two LoRAs
+
+
+def test_model_of_another_file_is_one_clear_error(
+    pack: dict[str, Any], comfy: Path, model_file: Callable[..., Path]
+) -> None:
+    short = {key: tensor for key, tensor in load_file(DEMO).items() if not key.startswith("blocks.5.")}
+    model_file("short.safetensors", short)
+    make_lora(comfy / "models" / "loras" / "last.safetensors", ["blocks.5.ffn.0"])
+    linked = load_with_lora(MODEL, "last.safetensors")
+    plan = make_plan(pack, "short.safetensors", "nvfp4")
+    with pytest.raises(
+        Exception, match=r"short\.safetensors: .*blocks\.5\.ffn\.0.*load the MODEL from the same file"
+    ) as e:
+        execute(
+            pack["CalibQuantQuantize"],
+            model_name="short.safetensors", plan=plan, filename_prefix="another/x", verify=True, model=linked,
+        )  # fmt: skip
+    assert type(e.value).__name__ == CalibQuantError.__name__ and "\n" not in str(e.value)
+    assert not list((comfy / "output" / "diffusion_models" / "another").iterdir())
+
+
+def test_cancel_during_verify_leaves_nothing_behind(
+    pack: dict[str, Any], comfy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    management, seen = importlib.import_module("comfy.model_management"), []
+    folder = comfy / "output" / "diffusion_models" / "cancelled"
+
+    def cancel_once_written() -> None:
+        seen.extend(folder.glob("*.safetensors"))
+        if seen:
+            raise management.InterruptProcessingException
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", cancel_once_written)
+    with pytest.raises(management.InterruptProcessingException):
+        execute(
+            pack["CalibQuantQuantize"],
+            model_name=MODEL, plan=make_plan(pack, MODEL, "fp8"), filename_prefix="cancelled/x", verify=True,
+        )  # fmt: skip
+    assert seen and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "a/../../outside", "", "name/.."])
+def test_prefix_cannot_leave_the_output_folder(prefix: str, pack: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"filename_prefix .* is no name inside output/diffusion_models"):
+        execute(
+            pack["CalibQuantQuantize"],
+            model_name=MODEL, plan=make_plan(pack, MODEL, "fp8"), filename_prefix=prefix, verify=False,
+        )  # fmt: skip
+
+
+def test_changed_file_is_planned_again(pack: dict[str, Any], model_file: Callable[..., Path]) -> None:
+    path = model_file("changing.safetensors", load_file(DEMO))
+    node, strategy = pack["CalibQuantPlan"], {"strategy": "recipe", "recipe": "nvfp4"}
+    before = node.fingerprint_inputs(model_name="changing.safetensors", strategy=strategy)
+    assert node.fingerprint_inputs(model_name="changing.safetensors", strategy=strategy) == before
+    tensors = load_file(path)
+    models.save(path, {**tensors, "head.head.weight": tensors["head.head.weight"].float()}, demo_metadata())
+    assert node.fingerprint_inputs(model_name="changing.safetensors", strategy=strategy) != before
+
+
+def test_patterns_decide_as_convert_to_quant(pack: dict[str, Any]) -> None:
+    strategy = {"strategy": "convert_to_quant", "base": "nvfp4", "custom_layers": r"ffn\.0", "custom_type": "mxfp8"}
+    (plan,) = execute(pack["CalibQuantPlan"], model_name=MODEL, strategy={**strategy, "exclude_layers": r"blocks\.0\."})
+    formats = {layer: entry.format for layer, entry in plan.layers.items()}
+    assert formats["blocks.0.ffn.0"] == "mxfp8"  # custom layers win
+    assert formats["blocks.0.ffn.2"] == "bf16"
+    assert formats["blocks.1.ffn.2"] == "nvfp4"
+
+
+# --- through a real server
+
+
+def api_twin() -> Graph:
+    return json.loads((models.ROOT / "workflows" / "api" / f"{WORKFLOW}.json").read_text(encoding="utf-8"))
+
+
+def of_type(graph: Graph, class_type: str) -> str:
+    """The id of the first node of that type."""
+    return next(node_id for node_id, node in graph.items() if node["class_type"] == class_type)
+
+
+def quantize_graph(model_name: str = MODEL, recipe: str = "nvfp4", prefix: str = "test/model") -> Graph:
+    plan = {"model_name": model_name, "strategy": "recipe", "strategy.recipe": recipe}
+    save = {"model_name": model_name, "plan": ["1", 0], "filename_prefix": prefix, "verify": True}
+    return {
+        "1": {"class_type": "CalibQuantPlan", "inputs": plan},
+        "2": {"class_type": "CalibQuantQuantize", "inputs": save},
+    }
+
+
+def unet_names(server: Server) -> list[str]:
+    info = server.get("/object_info/UNETLoader")["UNETLoader"]["input"]["required"]["unet_name"]
+    return info[1]["options"] if info[0] == "COMBO" else info[0]
+
+
+def test_workflow_runs_and_its_file_is_selectable(server: Server) -> None:
+    graph = api_twin()
+    graph[of_type(graph, "CalibQuantQuantize")]["inputs"]["filename_prefix"] = "twin/digits"
+    outputs = server.post(graph)["outputs"]
+    (text,) = outputs[of_type(graph, "CalibQuantQuantize")]["text"]
+    name = text.splitlines()[0]
+    assert name == str(Path("twin") / "digits_00001_.safetensors")
+    assert re.search(r"3\.58 MB → 1\.35 MB \(−62 %\)", text) and "layers: 60 NVFP4 · 6 BF16" in text
+    assert "worst layer: blocks." in text
+    assert (server.output_dir / "diffusion_models" / name).is_file()
+    assert name in unet_names(server)
+    pictures = [node["images"] for node in outputs.values() if "images" in node]
+    assert [len(images) for images in pictures] == [1, 1]
+    files = [server.base_dir / "temp" / images[0]["subfolder"] / images[0]["filename"] for images in pictures]
+    assert files[0].read_bytes() != files[1].read_bytes()  # the 16-bit picture and the quantized one
+
+
+def test_saving_again_takes_the_next_number(server: Server) -> None:
+    for recipe, number in (("fp8", 1), ("int8", 2)):
+        (text,) = server.post(quantize_graph(recipe=recipe, prefix="again/m"))["outputs"]["2"]["text"]
+        assert text.splitlines()[0] == str(Path("again") / f"m_{number:05}_.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("node", "name", "value"),
+    [("1", "model_name", "none.safetensors"), ("1", "strategy.recipe", "nvfp2"), ("2", "verify", [])],
+)
+def test_wrong_value_is_refused_with_its_node(server: Server, node: str, name: str, value: object) -> None:
+    graph = quantize_graph()
+    graph[node]["inputs"][name] = value
+    with pytest.raises(ServerError, match=r"prompt refused \(400\)") as e:
+        server.submit(graph)
+    errors = json.loads(str(e.value).split(": ", 1)[1].split("\n")[0])["node_errors"]
+    assert node in errors and name.split(".")[-1] in json.dumps(errors[node]["errors"])
+
+
+def test_missing_plan_is_refused(server: Server) -> None:
+    graph = quantize_graph()
+    del graph["2"]["inputs"]["plan"]
+    with pytest.raises(ServerError, match=r"prompt refused \(400\).*plan"):
+        server.submit(graph)
+
+
+def failing_graphs() -> Iterator[tuple[str, Graph, str]]:
+    prompt = {"class_type": "CalibQuantLoadPromptSet", "inputs": {"prompt_set": "digits.safetensors", "index": 10}}
+    show = {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}
+    yield "index", {"1": prompt, "2": show}, r"digits\.safetensors: has 10 prompts: index 10 must be below that"
+    graph = quantize_graph()
+    words = {"base": "nvfp4", "custom_layers": "(", "custom_type": "mxfp8", "exclude_layers": ""}
+    graph["1"]["inputs"] |= {"strategy": "convert_to_quant", **{f"strategy.{k}": v for k, v in words.items()}}
+    yield "pattern", graph, r"layer pattern '\(' is no regular expression"
+    yield (
+        "family",
+        quantize_graph(recipe="zimage-nvfp4-mixed"),
+        r"recipe zimage-nvfp4-mixed is for zimage, this file is",
+    )
+
+
+@pytest.mark.parametrize(("graph", "message"), [pytest.param(g, m, id=name) for name, g, m in failing_graphs()])
+def test_problem_is_our_own_single_line(server: Server, graph: Graph, message: str) -> None:
+    with pytest.raises(ServerError, match=rf"^node \d+ \(CalibQuant\w+\): [^\n]*{message}[^\n]*\n"):
+        server.post(graph)
+
+
+@pytest.fixture(scope="module")
+def large(server: Server) -> Iterator[str]:
+    """A model of 170 M parameters, a second and more of work, known to the server."""
+    path = server.base_dir / "models" / "diffusion_models" / "large.safetensors"
+    models.save(path, models.zimage(dim=1024, ffn=4096, layers=10))
+    yield path.name
+    path.unlink()
+
+
+def test_interrupt_leaves_nothing_behind(server: Server, large: str) -> None:
+    folder = server.output_dir / "diffusion_models" / "interrupted"
+    prompt = server.submit(quantize_graph(large, "nvfp4", "interrupted/x"))
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert list(folder.glob("*.partial")), "the file was never begun"
+    began = time.monotonic()
+    server.interrupt()
+    with pytest.raises(PromptInterrupted):
+        server.wait(prompt)
+    assert time.monotonic() - began < 5
+    assert not list(folder.iterdir())
+    assert not any(name.startswith("interrupted") for name in unet_names(server))
+
+
+def test_progress_and_status_reach_the_page(server: Server, large: str) -> None:
+    events = asyncio.run(_watch(server, quantize_graph(large, "mxfp8", "progress/m")))
+    mine = [(kind, data) for kind, data in events if data.get("node") == "2"]
+    bar = [(data["value"], data["max"]) for kind, data in mine if kind == "progress"]
+    assert len(bar) >= 3 and bar == sorted(bar)
+    assert 0.5 < bar[-1][0] / bar[-1][1] <= 1  # saving is the first half, verifying the second
+    texts = [data["text"] for kind, data in mine if kind == "calibquant.text"]
+    assert [text.split()[0] for text in texts] == ["quantizing", "verifying"]
+    results = [data["output"]["text"][0] for kind, data in mine if kind == "executed"]
+    assert len(results) == 1 and "MXFP8" in results[0]
+
+
+async def _watch(server: Server, graph: Graph) -> list[tuple[str, dict[str, Any]]]:
+    """All events of a prompt as a page sees them."""
+    aiohttp = pytest.importorskip("aiohttp")  # comes with ComfyUI
+    client, events = uuid.uuid4().hex, []
+    async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId={client}") as socket:
+        async with session.post(f"{server.url}/prompt", json={"prompt": graph, "client_id": client}) as answer:
+            assert answer.status == 200, await answer.text()
+        while True:
+            message = await asyncio.wait_for(socket.receive(), timeout=60)
+            if message.type is not aiohttp.WSMsgType.TEXT:
+                continue
+            event = json.loads(message.data)
+            events.append((event["type"], event["data"]))
+            if event["type"] in ("execution_success", "execution_error"):
+                return events
+
+
+# --- what ships with the pack
+
+
+def test_template_help_and_script_are_served(server: Server) -> None:
+    assert server.get("/workflow_templates")[PACK_NAME] == [WORKFLOW]
+    assert _size(server, f"/api/workflow_templates/{PACK_NAME}/{WORKFLOW}.json") > 1000
+    assert 1000 < _size(server, f"/api/workflow_templates/{PACK_NAME}/{WORKFLOW}.jpg") < 60_000
+    assert f"/extensions/{PACK_NAME}/calibquant.js" in server.get("/extensions")
+    for node_id in NODE_IDS:
+        assert _size(server, f"/extensions/{PACK_NAME}/docs/{node_id}.md") > 500
+
+
+def _size(server: Server, path: str) -> int:
+    with urllib.request.urlopen(server.url + path, timeout=30) as response:
+        return len(response.read())
+
+
+def test_workflow_and_api_twin_are_one_graph(server: Server) -> None:
+    workflow = json.loads((models.ROOT / "workflows" / f"{WORKFLOW}.json").read_text(encoding="utf-8"))
+    known, twin = server.get("/object_info"), api_twin()
+    nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] != "MarkdownNote"}  # the page's own
+    assert {k: n["type"] for k, n in nodes.items()} == {k: n["class_type"] for k, n in twin.items()}
+    assert {n["type"] for n in nodes.values()} <= known.keys()
+    links = {
+        (str(a), out, str(b), nodes[str(b)]["inputs"][slot]["name"]) for _, a, out, b, slot, _ in workflow["links"]
+    }
+    assert links == {
+        (v[0], v[1], k, n) for k, node in twin.items() for n, v in node["inputs"].items() if isinstance(v, list)
+    }
+    for node_id, node in twin.items():
+        info = known[node["class_type"]]["input"]
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                continue
+            assert value in nodes[node_id]["widgets_values"], (node["class_type"], name)
+            kind, options = (*(info["required"] | info.get("optional", {})).get(name, [None]), {})[:2]
+            choices = kind if isinstance(kind, list) else options.get("options")
+            if kind == "COMBO" or isinstance(kind, list):
+                assert value in choices, (node["class_type"], name)
+            elif kind in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], (node["class_type"], name)
+
+
+def test_loader_takes_the_saved_name_by_a_link() -> None:
+    twin = api_twin()
+    linked = [node["inputs"]["unet_name"] for node in twin.values() if node["class_type"] == "UNETLoader"]
+    assert [of_type(twin, "CalibQuantQuantize"), 0] in linked and MODEL in linked
