@@ -11,6 +11,7 @@ from .formats import Codes, FileTensors, Format
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
 CHUNK = 1 << 19
+ROWS = 1024  # rows checked at once when nothing is rounded
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,20 @@ def _scan(flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, floa
         amax = torch.maximum(amax, chunk.abs().amax())  # NaN wins in both
         energy += squared_norm(chunk)
     if not torch.isfinite(amax):
-        bad = (~torch.isfinite(flat)).sum().item()
-        kind = "NaN" if torch.isnan(flat).any() else "Inf"
-        raise CalibQuantError(f"{where}: the weight has {bad} {kind} values: the source file is damaged")
+        raise CalibQuantError(_damaged(flat, where))
     return amax, energy
+
+
+def refuse_damaged(weight: torch.Tensor, where: str) -> None:
+    """CalibQuantError for a weight with NaN or Inf values that is not rounded, only copied."""
+    if not all(torch.isfinite(chunk.float().abs().amax()) for chunk in weight.split(ROWS) if chunk.numel()):
+        raise CalibQuantError(_damaged(weight, where))
+
+
+def _damaged(weight: torch.Tensor, where: str) -> str:
+    bad = (~torch.isfinite(weight)).sum().item()
+    kind = "NaN" if torch.isnan(weight).any() else "Inf"
+    return f"{where}: the weight has {bad} {kind} values: the source file is damaged"
 
 
 def _by_chunks(flat: torch.Tensor, fmt: Format, scale: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:

@@ -20,7 +20,7 @@ from .formats import FORMATS, SOURCE
 from .layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
 from .markers import METADATA_KEY
 from .modelfile import NATIVE, ModelFile
-from .pack import Packed, nearest, pick_device
+from .pack import Packed, nearest, pick_device, refuse_damaged
 from .plan import LayerPlan, Plan
 from .progress import Progress
 from .quality import LayerReport, Report
@@ -89,16 +89,18 @@ def _write_tensors(
         if entry and entry.format != SOURCE:
             reports.append(_write_layer(source, layer, entry, writer, rounding, merge))
             continue
-        if key in merge or source.is_scaled(key):
-            weight = source.load(layer) if key.endswith(".weight") else source.checkpoint.read(key)
-            dtype = source.kept_dtype(layer) if key.endswith(".weight") else weight.dtype
-            writer.write(key, _merged(weight, key, merge).to(dtype))
+        if entry:
+            weight = _merged(source.load(layer), key, merge).to(source.kept_dtype(layer))
+            refuse_damaged(weight, f"{source.path}: layer {layer}")
+            writer.write(key, weight)
+            reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), weight.nbytes, entry.reason))
+        elif source.is_scaled(key):
+            writer.write(key, _merged(source.load(layer), key, merge).to(source.kept_dtype(layer)))
+        elif key in merge:
+            tensor = source.checkpoint.read(key)
+            writer.write(key, _merged(tensor, key, merge).to(tensor.dtype))
         else:
             writer.write_chunks(key, source.checkpoint.chunks(key))
-        if entry:
-            nbytes = source.kept_dtype(layer).itemsize * source.checkpoint.entries[key].nbytes
-            nbytes //= DTYPES[source.checkpoint.entries[key].dtype].itemsize
-            reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), nbytes, entry.reason))
     if progress:
         progress(len(keys), len(keys), "done")
     return reports
