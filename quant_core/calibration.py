@@ -30,7 +30,7 @@ from .errors import CalibQuantError
 FORMAT_VERSION = 1
 METADATA_KEY = "calibquant_calibration"
 ROWS = 2048  # of input per group
-PENDING = 256 << 20  # bytes of sampled rows that may wait on the device before they are moved
+PENDING = 256 << 20  # bytes of sampled rows, of all groups together, that may wait on the device to be moved
 
 
 @dataclass(frozen=True)
@@ -88,58 +88,65 @@ class Collector:
     def __init__(self, group_of: Callable[[str], str], rows: int = ROWS, seed: int = 0) -> None:
         self._group_of, self._capacity, self._seed = group_of, rows, seed
         self._leaders: dict[str, str] = {}
-        self._running: dict[str, _Sums] = {}
+        self._running: dict[tuple[str, torch.device], _Sums] = {}  # several GPUs may share a run
         self._total: dict[str, _Sums] = {}
         self._reservoirs: dict[str, _Reservoir] = {}
         self._sigmas: list[torch.Tensor] = []
-        self._run = ""
+        self._kinds: list[int] = []
+        self._run, self._name = "", ""
         self._step = 0
-        self.info: dict[str, Any] = {"runs": [], "sigmas": {}, "cond_rows": 0, "uncond_rows": 0}
+        self._pending = 0  # bytes
+        self.info: dict[str, Any] = {"rows": rows, "runs": [], "sigmas": {}, "cond_rows": 0, "uncond_rows": 0}
 
     def start_run(self, name: str) -> None:
         """Begin one sampling run. Equal names give equal random rows, so name seed and prompt."""
-        self._running, self._step = {}, 0
+        self.drop_run()
+        self._step, self._name = 0, name
         self._run = f"{name}#{self.info['runs'].count(name)}"
-        self.info["runs"].append(name)
 
     def model_call(self, sigma: torch.Tensor | None, cond_or_uncond: list[int] | None) -> None:
         """One evaluation of the model: its sigma (any shape, kept on its device) and the kinds of its batch rows."""
         self._step += 1
         if sigma is not None:
             self._sigmas.append(sigma.detach().reshape(-1)[:1])
-        for kind in cond_or_uncond or []:
-            self.info["uncond_rows" if kind else "cond_rows"] += 1
+        self._kinds += cond_or_uncond or []
 
     def add(self, layer: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """One call of a Linear: input [..., in], output [..., out]."""
         x, y = x.detach().reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
-        if layer not in self._running:
-            self._running[layer] = _Sums.zeros(x.shape[1], y.shape[1], x.device)
-        self._running[layer].add(x, y, self._step)
+        if not len(x):
+            return
+        if (layer, x.device) not in self._running:
+            self._running[layer, x.device] = _Sums.zeros(x.shape[1], y.shape[1], x.device)
+        self._running[layer, x.device].add(x, y, self._step)
         leader = self._leaders.setdefault(self._group_of(layer) or layer, layer)
         if leader == layer and self._capacity:
-            self._reservoir(layer, x).offer(x)
+            self._pending += self._reservoir(layer, x).offer(x)
+            if self._pending > PENDING:
+                self._flush()
 
     def finish_run(self) -> None:
         """Move the run's sums to the host. CalibQuantError names layer and step of the first NaN or Inf."""
-        moved = {name: sums.cpu() for name, sums in self._running.items()}
-        self._running = {}
-        for name, sums in moved.items():
+        moved = [(name, sums.cpu()) for (name, _), sums in self._running.items()]
+        for name, sums in moved:
             step = int(sums.first_bad)
             if step:
+                self.drop_run()
                 raise CalibQuantError(f"layer {name}: NaN or Inf in its input or output at step {step} of this run")
-        for name, sums in moved.items():
+        for name, sums in moved:
             self._total[name] = self._total[name].plus(sums) if name in self._total else sums
-        for reservoir in self._reservoirs.values():
-            reservoir.flush()
+        self._flush()
         for sigma in self._sigmas:
             key = f"{float(sigma):.4g}"
             self.info["sigmas"][key] = self.info["sigmas"].get(key, 0) + 1
-        self._sigmas = []
+        self.info["uncond_rows"] += sum(kind != 0 for kind in self._kinds)
+        self.info["cond_rows"] += sum(kind == 0 for kind in self._kinds)
+        self.info["runs"].append(self._name)
+        self.drop_run()
 
     def drop_run(self) -> None:
         """Forget an unfinished run's sums (a cancel); rows it sampled stay, they are real inputs."""
-        self._running, self._sigmas = {}, []
+        self._running, self._sigmas, self._kinds = {}, [], []
 
     def result(self, info: Mapping[str, Any] | None = None) -> Calibration:
         """What finished runs gave so far."""
@@ -152,6 +159,11 @@ class Collector:
     def nbytes(self) -> int:
         """Memory held on the host by sampled rows."""
         return sum(r.nbytes() for r in self._reservoirs.values())
+
+    def _flush(self) -> None:
+        for reservoir in self._reservoirs.values():
+            reservoir.flush()
+        self._pending = 0
 
     def _reservoir(self, layer: str, x: torch.Tensor) -> _Reservoir:
         if layer not in self._reservoirs:
@@ -231,7 +243,8 @@ class _Reservoir:
 
     def __init__(self, capacity: int, width: int) -> None:
         self._keys = np.empty(0)
-        self._rows = torch.empty((capacity, width), dtype=torch.bfloat16)
+        with torch.inference_mode(False):  # else what one inference block makes cannot be filled outside of it
+            self._rows = torch.empty((capacity, width), dtype=torch.bfloat16)
         self._pending: list[tuple[NDArray[np.int64], torch.Tensor]] = []
         self._run = ""
 
@@ -239,25 +252,24 @@ class _Reservoir:
         if run != self._run:
             self._run, self._random = run, np.random.default_rng(entropy)
 
-    def offer(self, x: torch.Tensor) -> None:
+    def offer(self, x: torch.Tensor) -> int:
+        """Take some rows of x, or none; the bytes that now wait on x's device."""
         keys = self._random.random(len(x))
-        every = np.concatenate([self._keys, keys])
-        if len(every) > len(self._rows):
-            kept = np.zeros(len(every), bool)
-            kept[np.argpartition(-every, len(self._rows))[: len(self._rows)]] = True
-        else:
-            kept = np.ones(len(every), bool)
-        old = len(self._keys)
-        taken = np.flatnonzero(kept[old:])
-        free = np.concatenate([np.flatnonzero(~kept[:old]), np.arange(old, len(self._rows))])[: len(taken)]
-        if not len(taken):
-            return
+        old, capacity = len(self._keys), len(self._rows)
+        rows = np.flatnonzero(keys > self._keys.min()) if old == capacity else np.arange(len(keys))
+        every = np.concatenate([self._keys, keys[rows]])
+        kept = np.ones(len(every), bool)
+        if len(every) > capacity:
+            kept[np.argpartition(-every, capacity)[capacity:]] = False
+        rows = rows[kept[old:]]
+        if not len(rows):
+            return 0
+        free = np.concatenate([np.flatnonzero(~kept[:old]), np.arange(old, capacity)])[: len(rows)]
         self._keys = np.concatenate([self._keys, np.zeros(max(0, free.max() + 1 - old))])
-        self._keys[free] = keys[taken]
-        index = torch.from_numpy(taken).to(x.device)
-        self._pending.append((free, x.index_select(0, index).to(torch.bfloat16)))
-        if sum(rows.nbytes for _, rows in self._pending) > PENDING:
-            self.flush()
+        self._keys[free] = keys[rows]
+        taken = x.index_select(0, _index(rows, x.device)).to(torch.bfloat16)
+        self._pending.append((free, taken))
+        return taken.nbytes
 
     def flush(self) -> None:
         for slots, rows in self._pending:
@@ -266,10 +278,18 @@ class _Reservoir:
 
     def result(self) -> Rows:
         self.flush()
-        return Rows(self._rows[: len(self._keys)].clone(), self._keys.copy())
+        rows = self._rows[: len(self._keys)]
+        finite = rows.isfinite().all(1)  # a run that was dropped for its NaN leaves rows behind
+        return Rows(rows[finite], self._keys[finite.numpy()])
 
     def nbytes(self) -> int:
         return self._rows.nbytes
+
+
+def _index(rows: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Row numbers on the device; from pinned memory, because any other copy waits until the GPU is idle."""
+    index = torch.from_numpy(rows)
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 # --- merging, files ----------------------------------------------------------------------------------------------
@@ -286,8 +306,11 @@ def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
                 f"calibrations of different models cannot be merged: {name} {a.info.get(name)} and {b.info.get(name)}"
             )
     layers = {name: _merge_stats(a.layers.get(name), b.layers.get(name)) for name in {**a.layers, **b.layers}}
-    merged = {name: _merge_rows(a.rows.get(name), b.rows.get(name), rows) for name in {**a.rows, **b.rows}}
+    merged = {name: _merge_rows(a, b, name, rows) for name in {**a.rows, **b.rows}}
     info = {**b.info, **a.info}
+    lists = {name for name, value in a.info.items() if isinstance(value, list) and name in b.info}
+    info |= {name: a.info[name] + [v for v in b.info[name] if v not in a.info[name]] for name in lists}
+    info["rows"] = rows
     info["runs"] = a.info.get("runs", []) + b.info.get("runs", [])
     info["sigmas"] = dict(Counter(a.info.get("sigmas", {})) + Counter(b.info.get("sigmas", {})))
     for name in ("cond_rows", "uncond_rows"):
@@ -314,12 +337,15 @@ def _merge_stats(a: LayerStats | None, b: LayerStats | None) -> LayerStats:
     )
 
 
-def _merge_rows(a: Rows | None, b: Rows | None, capacity: int) -> Rows:
-    if a is None or b is None:
-        return a or b  # type: ignore[return-value]
-    keys = np.concatenate([a.keys, b.keys])
-    order = np.argsort(-keys, kind="stable")[:capacity]
-    return Rows(torch.cat([a.rows, b.rows])[torch.from_numpy(order)], keys[order])
+def _merge_rows(a: Calibration, b: Calibration, name: str, capacity: int) -> Rows:
+    """The largest keys of both. Below the smallest key of a sample that had to leave rows out, nothing is known of
+    that one's rows, so none of the other's may stay: they would be too many, if their numbers of rows differ.
+    """
+    samples = [(c.rows[name], c.layers[name].count) for c in (a, b) if name in c.rows]
+    keys = np.concatenate([sample.keys for sample, _ in samples])
+    floor = max((sample.keys.min() for sample, seen in samples if 0 < len(sample.keys) != seen), default=0.0)
+    order = np.argsort(-keys, kind="stable")[: min(capacity, int((keys >= floor).sum()))]
+    return Rows(torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)], keys[order])
 
 
 _VECTORS = ("input_absmean", "input_sqmean", "input_amax", "output_channel_mean", "output_channel_sqmean")

@@ -1,7 +1,7 @@
 """Data-free statistics of every layer, and what each format would cost it. NumPy only.
 
-Each weight is read once, kept as stored, and gone through in chunks that fit the cache; two threads (NumPy frees the
-GIL) keep a 1 GB file under a second. What statistics can and cannot tell: see :func:`correlations`.
+Each weight is read once, kept as stored, and gone through in chunks; threads (NumPy frees the GIL) take a weight
+each, and a 1 GB file takes under a second. What statistics can and cannot tell: see :func:`correlations`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .measure import E4M3_GRID, Rows, errors
 from .modelfile import ModelFile
 from .progress import Progress
 
-CHUNK = 1 << 16  # elements; float32 temporaries of this size stay in the second-level cache
+CHUNK = 1 << 19  # elements; smaller chunks fit the cache better but fight for the GIL (measured: 2x slower)
 SAMPLE = 1 << 15  # weights per layer on which errors and block spreads are measured (about 1 % standard error)
 STATISTICS = ("kurtosis", "dynamic_range", "std", "outlier_share", "row_spread", "block16_spread", "block32_spread")
 
@@ -118,15 +118,16 @@ def probe(
 def _probe_layer(model: ModelFile, name: str, outlier_sigma: float, sample: int) -> LayerProbe:
     weight = StoredWeight(model, name)
     info: LayerInfo = model.layers[name]
-    sums, row_amax, amin, nonzero = np.zeros(4), [], np.inf, 0
+    sums, row_amax, amin, zeros = np.zeros(4), [], np.inf, 0
+    ones = np.ones(weight.chunk, np.float32)
     for rows in weight.chunks():
         x = rows.reshape(-1)
         xx = np.multiply(x, x, out=scratch("square", x.shape, np.float32))
-        sums += (x.sum(dtype=np.float32), x.dot(x), xx.dot(x), xx.dot(xx))
+        sums += (x.dot(ones[: x.size]), x.dot(x), xx.dot(x), xx.dot(xx))  # BLAS: a third of the time of sum()
         magnitude = np.abs(rows, out=scratch("square", rows.shape, np.float32))
         row_amax.append(magnitude.max(1))
         amin = min(amin, magnitude.min())
-        nonzero += np.count_nonzero(x)
+        zeros += np.count_nonzero(np.equal(x, 0, out=scratch("mask", x.shape, np.bool_)))
     tops = np.concatenate(row_amax)
     amax = float(tops.max())
     if not np.isfinite(amax):
@@ -146,7 +147,7 @@ def _probe_layer(model: ModelFile, name: str, outlier_sigma: float, sample: int)
         amax=amax,
         amin=float(amin),
         outlier_share=weight.outliers(mean, outlier_sigma * std) / weight.count,
-        zeros=int(weight.count - nonzero),
+        zeros=int(zeros),
         row_spread=spread(tops),
         block16_spread=_block_spread(rows, 16),
         block32_spread=_block_spread(rows, 32),
@@ -201,6 +202,7 @@ class StoredWeight:
         self._decode = DECODE[entry.dtype]
         self._scale = _scale(model, name)
         self._rows = max(1, CHUNK // self.shape[1])
+        self.chunk = self._rows * self.shape[1]  # weights per chunk
 
     def rows(self, which: slice | NDArray[np.int64]) -> Rows:
         rows = self._decode(self._stored[which])
@@ -225,8 +227,19 @@ class StoredWeight:
         return self.rows(np.linspace(0, self.shape[0] - 1, wanted).round().astype(np.int64))
 
     def outliers(self, mean: float, distance: float) -> int:
+        """How many weights lie further than ``distance`` from the mean."""
         low, high = np.float32(mean - distance), np.float32(mean + distance)
-        return sum(int(np.count_nonzero(x < low) + np.count_nonzero(x > high)) for x in self.chunks())
+        if self._stored.dtype != np.uint16 or not low < 0 < high:
+            return sum(int(np.count_nonzero(x < low) + np.count_nonzero(x > high)) for x in self.chunks())
+        # bfloat16 as integers: codes of one sign are in the order of their magnitudes, so no decoding is needed
+        above, below = (np.abs(limit).view(np.uint32) >> 16 for limit in (high, low))
+        count, stored = 0, self._stored.reshape(-1)
+        for start in range(0, stored.size, CHUNK):
+            codes = stored[start : start + CHUNK]
+            mask = scratch("mask", codes.shape, np.bool_)
+            count += np.count_nonzero(np.greater(codes.view(np.int16), np.int16(above), out=mask))
+            count += np.count_nonzero(np.greater(codes, np.uint16(0x8000 + below), out=mask))
+        return int(count)
 
 
 def _scale(model: ModelFile, name: str) -> Rows | None:
