@@ -116,7 +116,7 @@ def _quantize_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     c.add_argument("--plan", type=Path, metavar="PLAN.json", help="a plan made by `calibquant plan`")
     _decision_options(c)
-    c.add_argument("--rounding", choices=["nearest"], default="nearest")
+    c.add_argument("--rounding", choices=["auto", "nearest", "search", "gptq"], default="auto", help=ROUNDING_HELP)
     c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     c.add_argument("--overwrite", action="store_true", help="replace an existing output")
     c.add_argument("--verify", action="store_true", help="re-read the file by comfy-kitchen's dequantize and check it")
@@ -341,6 +341,7 @@ def _quantize(args: argparse.Namespace) -> None:
                 overwrite=args.overwrite,
                 device=args.device,
                 calibration=seen,
+                rounding=args.rounding,
                 progress=bar,
             )
         if args.verify:
@@ -433,6 +434,7 @@ def _calibration_options(c: argparse.ArgumentParser) -> None:
 
 
 HSWQ = ("hswq", "hswq-v1")
+ROUNDING_HELP = "auto (default): gptq with a calibration; else searched scales for NVFP4, nearest for the rest"
 Command = tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]
 COMMANDS: dict[str, Command] = {
     "inspect": (_inspect, _inspect_options, "what a file is: architecture, layers, formats, bytes, provenance"),

@@ -58,11 +58,13 @@ def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:
     return specs
 
 
-def output_metadata(source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "") -> dict[str, str]:
+def output_metadata(
+    source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "", rounding: str = "nearest"
+) -> dict[str, str]:
     """The source's own metadata plus the two entries of ours.
 
-    ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none. Both hashes have one length,
-    so the size is known without them.
+    ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none. Both hashes and the name of the
+    rounding have one length, so the size is known without them.
     """
     untouched = {
         layer: config
@@ -75,7 +77,7 @@ def output_metadata(source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, 
         "source": {"file": source.name, "sha256": sha256},
         "architecture": plan.architecture,
         "recipe": plan.recipe,
-        "rounding": sorted({entry.rounding for entry in plan.layers.values()}),
+        "rounding": f"{rounding:<7}",
         "calibration": plan.calibration,
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},

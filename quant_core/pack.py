@@ -1,17 +1,25 @@
-"""How one weight is rounded. Today: to nearest, chunk by chunk on the CPU, by comfy-kitchen's kernels on a GPU."""
+"""How one weight is rounded: to nearest, with searched scales, or by GPTQ (``gptq``).
+
+On the CPU chunk by chunk; on a GPU nearest rounding is comfy-kitchen's kernels. Formats know how to round; this module
+knows what to ask of them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from . import gptq, hswq
 from .errors import CalibQuantError
 from .formats import Codes, FileTensors, Format
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
 CHUNK = 1 << 19
 ROWS = 1024  # rows checked at once when nothing is rounded
+
+
+ROUNDINGS = ("nearest", "search", "gptq")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,66 @@ def nearest(
     if weight.dim() != 2:  # Conv weights are rounded as matrices and stored in their own shape
         tensors["weight"] = tensors["weight"].view(weight.shape)
     return Packed({name: tensor.cpu() for name, tensor in tensors.items()}, error, energy)
+
+
+def searched(
+    weight: torch.Tensor, fmt: Format, device: torch.device, where: str, importance: torch.Tensor | None = None
+) -> Packed:
+    """Scales chosen by the least sum of importance * (q - w)**2 instead of by the largest weight.
+
+    weight: [out, in]; importance: float32 [in], E[x^2] of a calibration, or None for the plain squared error.
+    """
+    rows = max(1, CHUNK // weight.shape[1] // fmt.rows) * fmt.rows
+    flat = weight.to(device)
+    amax, energy = _scan(flat, rows, where)
+    scale = _tensor_scale(flat, fmt, amax, importance)
+    ones = torch.ones(weight.shape[1], device=device)
+    per_column = ones if importance is None else importance.to(device)
+    parts = [_search_chunk(chunk.float(), fmt, scale, per_column) for chunk in flat.split(rows)]
+    error = sum(
+        squared_distance(chunk.float(), fmt.dequantize(codes, tuple(chunk.shape)))
+        for chunk, codes in zip(flat.split(rows), parts, strict=True)
+    )
+    whole = Codes(
+        torch.cat([c.data for c in parts]),
+        None if parts[0].scale is None else torch.cat([c.scale for c in parts]),
+        scale,
+    )
+    return _packed(fmt, whole, error, energy)
+
+
+def _search_chunk(chunk: torch.Tensor, fmt: Format, scale: torch.Tensor | None, importance: torch.Tensor) -> Codes:
+    group = fmt.group or chunk.shape[1]
+    blocks = chunk.view(len(chunk), -1, group)
+    chosen = fmt.choose(blocks, scale, importance.view(-1, group))
+    step = fmt.step(chosen, scale)
+    step = step.unsqueeze(-1) if step.dim() else step
+    data = fmt.round(torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step))).view(chunk.shape)
+    return Codes(data, chosen, scale)
+
+
+def _tensor_scale(
+    flat: torch.Tensor, fmt: Format, amax: torch.Tensor, importance: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The format's own per-tensor scale, or a searched one where the tensor's scale is all there is."""
+    scale = fmt.tensor_scale(amax)
+    if fmt.group or scale is None or fmt.config() is None or amax == 0:
+        return scale
+    best, _ = hswq.search(hswq.histogram(flat.cpu(), importance))
+    return torch.tensor(best / hswq.TOP, device=flat.device)
+
+
+def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
+    """Error feedback over the columns (``gptq.quantize``). weight: [out, in] whose columns divide by the group."""
+    flat = weight.to(device, torch.float32)
+    amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
+    upper = replace(inputs, upper=inputs.upper.to(device))
+    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax), upper)
+    return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
+
+
+def _packed(fmt: Format, codes: Codes, error: float, energy: float) -> Packed:
+    return Packed({name: tensor.cpu() for name, tensor in fmt.pack(codes).items()}, error, energy)
 
 
 def _scan(flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, float]:

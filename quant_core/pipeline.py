@@ -6,24 +6,23 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import hswq
 from .calibration import Calibration
 from .checkpoint import DTYPES, Checkpoint, Hasher, TensorSpec, Writer, check_target
 from .errors import CalibQuantError
-from .formats import FORMATS, SOURCE
+from .formats import SOURCE
 from .layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
 from .markers import METADATA_KEY
-from .modelfile import NATIVE, ModelFile
-from .pack import Packed, nearest, pick_device, refuse_damaged
+from .modelfile import NATIVE
+from .pack import pick_device, refuse_damaged
 from .plan import LayerPlan, Plan
 from .progress import Progress
 from .quality import LayerReport, Report
+from .rounding import Rounder
 from .source import Source
 
 # Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
@@ -40,11 +39,13 @@ def quantize(
     merge: Merge | None = None,
     merged: str = "",
     calibration: Calibration | None = None,
+    rounding: str = "nearest",
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
 
-    calibration is needed for layers whose rounding weighs channels by importance (HSWQ).
+    rounding: nearest, search, gptq, or auto, the best that the inputs allow. calibration: what search and gptq weigh
+    errors by; layers planned for HSWQ need it.
     merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
@@ -54,14 +55,16 @@ def quantize(
     _not_itself(source.checkpoint, output)
     where, merge = pick_device(device), merge or {}
     specs = output_specs(source, plan)
-    metadata = output_metadata(source, plan, merged=merged)
+    metadata = output_metadata(source, plan, merged=merged, rounding=rounding)
     check_target(output, predicted_size(source, plan), overwrite)
     _check_merge(source, merge)
     hasher = Hasher(source.checkpoint.files)
     try:
         with Writer(output, specs, metadata, overwrite) as writer:
-            layers = _write_tensors(source, plan, writer, _Rounding(source, where, calibration), merge, progress)
-            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged))
+            layers = _write_tensors(
+                source, plan, writer, Rounder(where, calibration, rounding, source.prefix), merge, progress
+            )
+            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, rounding))
     finally:
         hasher.cancel()
     return Report(
@@ -77,7 +80,7 @@ def quantize(
 
 
 def _write_tensors(
-    source: Source, plan: Plan, writer: Writer, rounding: _Rounding, merge: Merge, progress: Progress | None
+    source: Source, plan: Plan, writer: Writer, rounder: Rounder, merge: Merge, progress: Progress | None
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
     reports = []
@@ -87,7 +90,7 @@ def _write_tensors(
         layer = key.removesuffix(".weight")
         entry = plan.layers.get(layer) if key.endswith(".weight") else None
         if entry and entry.format != SOURCE:
-            reports.append(_write_layer(source, layer, entry, writer, rounding, merge))
+            reports.append(_write_layer(source, layer, entry, writer, rounder, merge))
             continue
         if entry:
             weight = _merged(source.load(layer), key, merge).to(source.kept_dtype(layer))
@@ -107,11 +110,11 @@ def _write_tensors(
 
 
 def _write_layer(
-    source: Source, layer: str, entry: LayerPlan, writer: Writer, rounding: _Rounding, merge: Merge
+    source: Source, layer: str, entry: LayerPlan, writer: Writer, rounder: Rounder, merge: Merge
 ) -> LayerReport:
     weight = _merged(source.load(layer), f"{layer}.weight", merge)
-    packed, gains = rounding.pack(layer, entry, weight)
-    tensors = {**packed.tensors}
+    done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}")
+    packed, tensors = done.packed, {**done.packed.tensors}
     if entry.input_scale is not None:
         tensors["input_scale"] = torch.tensor(entry.input_scale, dtype=torch.float32)
     config = layer_config(entry)
@@ -121,30 +124,19 @@ def _write_layer(
         writer.write(f"{layer}.{suffix}", tensor)
     nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
     error = packed.error / packed.energy if packed.energy else packed.error
-    return LayerReport(layer, entry.format, error, source.shape(layer), nbytes, entry.reason, gains)
-
-
-@dataclass(frozen=True)
-class _Rounding:
-    """How the layers of one job are rounded, and what that needs."""
-
-    source: ModelFile
-    device: torch.device
-    calibration: Calibration | None
-
-    def pack(self, layer: str, entry: LayerPlan, weight: torch.Tensor) -> tuple[Packed, dict[str, float] | None]:
-        fmt, where = FORMATS[entry.format], f"{self.source.path}: layer {layer}"
-        if entry.rounding == "nearest":
-            return nearest(weight, fmt, self.device, where), None
-        seen = self.calibration.layers.get(layer.removeprefix(self.source.prefix)) if self.calibration else None
-        if seen is None:
-            raise CalibQuantError(f"{where}: rounding {entry.rounding} needs a calibration of this layer: give one")
-        if not torch.isfinite(weight).all():
-            return nearest(weight, fmt, self.device, where), None  # raises the one error for NaN and Inf
-        found = hswq.histogram(weight, seen.input_absmean)
-        amax = hswq.search(found, scaled=fmt.config() is not None)[0]
-        scale = torch.tensor(amax / hswq.TOP if amax else 1.0) if fmt.config() else None
-        return nearest(weight, fmt, self.device, where, scale), asdict(hswq.gains(found))
+    return LayerReport(
+        layer,
+        entry.format,
+        error,
+        source.shape(layer),
+        nbytes,
+        entry.reason,
+        done.gains,
+        done.rounding,
+        done.note,
+        done.output_errors,
+        done.loader_error,
+    )
 
 
 def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .formats import FORMATS, SOURCE
 from .textfile import read_text, write_text
 
 FORMAT_VERSION = 1
-ROUNDINGS = ("nearest", "hswq")
+ROUNDINGS = ("", "hswq")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LayerPlan:
     reason: str
     full_precision: bool = False  # W4A16 / W8A16: the loader dequantizes instead of quantizing activations
     input_scale: float | None = None  # of activations, from a calibration's amax; None: the loader's own rule
-    rounding: str = "nearest"  # or "hswq": the scale that HSWQ's weighted search finds
+    rounding: str = ""  # the job's choice; "hswq": the scale that HSWQ's weighted search finds
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
     fmt = entry["format"]
     if fmt != SOURCE and fmt not in FORMATS:
         raise CalibQuantError(f"{origin}: layer {name}: unknown format {fmt!r}: use {', '.join([*FORMATS, SOURCE])}")
-    rounding = entry.get("rounding", "nearest")
+    rounding = entry.get("rounding", "")
     if rounding not in ROUNDINGS:
         raise CalibQuantError(f"{origin}: layer {name}: unknown rounding {rounding!r}: use {', '.join(ROUNDINGS)}")
     scale = entry.get("input_scale")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -36,6 +36,10 @@ class LayerReport:
     nbytes: int
     reason: str = ""
     gains: dict[str, float] | None = None  # importance-weighted relative error by ingredient (hswq.Gains)
+    rounding: str = ""
+    note: str = ""  # why not a better rounding
+    output_errors: dict[str, float] = field(default_factory=dict)  # by rounding, weights only, on sampled inputs
+    loader_error: float | None = None  # of outputs with the inputs quantized as the loader will
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,24 @@ class Report:
         worst = self.worst()
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
-        return "\n".join([*lines, *self._gains()])
+        return "\n".join([*lines, *self._rounding(), *self._gains()])
+
+    def _rounding(self) -> list[str]:
+        """Mean output error by rounding, over the layers that were measured on sampled inputs."""
+        measured = [layer for layer in self.layers if layer.output_errors]
+        if not measured:
+            return []
+        names = [n for n in ("nearest", "search", "gptq") if any(n in layer.output_errors for layer in measured)]
+        means = {n: _mean(x.output_errors[n] for x in measured if n in x.output_errors) for n in names}
+        parts = ", ".join(f"{name} {value:.2e}" for name, value in means.items())
+        loader = _mean(x.loader_error for x in measured if x.loader_error is not None)
+        chosen = Counter(layer.rounding for layer in measured)
+        used = ", ".join(f"{n} {name}" for name, n in chosen.items())
+        return [
+            f"output error on sampled inputs, mean of {len(measured)} layers, weights only: {parts}; "
+            f"as the loader runs it {loader:.2e}",
+            f"rounding: {used}",
+        ]
 
     def _gains(self) -> list[str]:
         """What each of HSWQ's ingredients gave, averaged over the layers it was used on."""
@@ -90,6 +111,11 @@ class Report:
         plain = means["plain_cast"] or 1.0
         parts = [f"{name.replace('_', ' ')} {m:.2e} ({100 * (m / plain - 1):+.1f} %)" for name, m in means.items()]
         return [f"HSWQ, importance-weighted error, mean of {len(measured)} layers: " + ", ".join(parts)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
 
 
 class QuantizedFile:

@@ -186,7 +186,7 @@ def hswq(source: Source, calibration: Calibration, ratio: float = 0.25, scaled: 
         n: LayerPlan(
             SOURCE if n in kept else fmt,
             f"output variance {stats[n].output_variance:.3g}, rank {i + 1} of {len(ranked)}",
-            rounding="nearest" if n in kept else "hswq",
+            rounding="" if n in kept else "hswq",
         )
         for i, n in enumerate(ranked)
     }

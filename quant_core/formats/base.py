@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class Format(Protocol):
 
     name: str
     title: str
+    group: int  # consecutive columns that share a scale; 0: a whole row, or the tensor
     rows: int  # a weight's row count must be padded to a multiple of this; row chunks keep to it
 
     def obstacle(self, shape: Shape) -> str:
@@ -54,6 +55,24 @@ class Format(Protocol):
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
         """float32 ``[out, in]`` of the codes, computed here and not by comfy-kitchen."""
 
+    def choose(
+        self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The stored scale of each block with the least sum of importance * (q - w)**2; the nearest rule wins ties.
+
+        blocks: float32 [rows, blocks, group]; importance: float32 [blocks, group]; returns [rows, blocks] in the
+        dtype of ``Codes.scale``, or None where blocks have no scale of their own.
+        """
+
+    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
+        """float32 value of one code unit for stored scales (same shape as ``scale``)."""
+
+    def round(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Nearest codes of weights already divided by their step."""
+
+    def value(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 value of codes in units of the step."""
+
     def pack(self, codes: Codes) -> FileTensors:
         """Lay codes and scales out as the file wants them."""
 
@@ -62,6 +81,33 @@ class Format(Protocol):
 
     def decode(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         """float32 ``[out, in]`` of file tensors, by comfy-kitchen's dequantize: the loader's own arithmetic."""
+
+
+def best_scale(
+    blocks: torch.Tensor,
+    importance: torch.Tensor,
+    candidates: Iterable[torch.Tensor],
+    decoded: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Of candidate scales [rows, blocks] (the nearest rule's first) the one with the least weighted squared error.
+
+    decoded(scale) gives the blocks rounded with that scale, float32 [rows, blocks, group].
+    """
+    best = chosen = None
+    for scale in candidates:
+        error = (decoded(scale) - blocks).square_().mul_(importance).sum(-1)
+        if best is None:
+            best, chosen = error, scale
+            continue
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+    return chosen
+
+
+def rounded(fmt: Format, blocks: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Blocks [rows, blocks, group] rounded to nearest with steps [rows, blocks]; zero steps give zeros."""
+    step = step.unsqueeze(-1)
+    return fmt.value(fmt.round(torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step)))) * step
 
 
 def roundup(value: int, multiple: int) -> int:

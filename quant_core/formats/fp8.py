@@ -20,6 +20,7 @@ E4M3_MAX = 448.0
 class FP8:
     name = "float8_e4m3fn"
     title = "FP8"
+    group = 0
     rows = 1
 
     def obstacle(self, shape: Shape) -> str:
@@ -43,6 +44,18 @@ class FP8:
 
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
         return codes.data.float() * codes.tensor_scale
+
+    def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> None:
+        return None
+
+    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
+        return tensor_scale
+
+    def round(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    def value(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.float()
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data, "weight_scale": codes.tensor_scale}

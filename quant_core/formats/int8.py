@@ -21,6 +21,7 @@ INT8_MAX = 127.0
 class INT8:
     name = "int8_tensorwise"
     title = "INT8"
+    group = 0
     rows = 1
 
     def obstacle(self, shape: Shape) -> str:
@@ -46,6 +47,21 @@ class INT8:
 
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
         return codes.data.float() * codes.scale
+
+    def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> torch.Tensor:
+        nearest = (blocks.abs().amax(-1) / INT8_MAX).clamp_(min=1e-30)
+        factors = (1.0, *(2.0 ** (-i / 16) for i in range(1, 9)))  # clipping a row's largest weights, down to x 0.71
+        scales = (nearest * factor for factor in factors)
+        return base.best_scale(blocks, importance, scales, lambda s: base.rounded(self, blocks, s))
+
+    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
+        return scale
+
+    def round(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.round().clamp_(-128, 127).to(torch.int8)
+
+    def value(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.float()
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data, "weight_scale": codes.scale}

@@ -25,6 +25,7 @@ BIAS = 127
 class MXFP8:
     name = "mxfp8"
     title = "MXFP8"
+    group = BLOCK
     rows = BLOCK
 
     def obstacle(self, shape: Shape) -> str:
@@ -65,6 +66,23 @@ class MXFP8:
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
         values = codes.data.float().view(codes.data.shape[0], -1, BLOCK) * exponent_value(codes.scale).unsqueeze(-1)
         return values.view(codes.data.shape)[: shape[0], : shape[1]]
+
+    def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> torch.Tensor:
+        amax = blocks.abs().amax(-1)
+        wanted = torch.log2((amax / E4M3_MAX).clamp(min=2.0**-BIAS)).ceil_().add_(BIAS).clamp_(0, 254)
+        nearest = torch.where(amax == 0, 0, wanted).to(torch.int16)
+        # one down saturates the largest weights, one up costs a bit of the small ones: both can win when weighted
+        exponents = ((nearest + shift).clamp(0, 254).to(torch.uint8) for shift in (0, -1, 1))
+        return base.best_scale(blocks, importance, exponents, lambda e: base.rounded(self, blocks, exponent_value(e)))
+
+    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
+        return exponent_value(scale)
+
+    def round(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    def value(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.float()
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data, "weight_scale": to_blocked(codes.scale, flatten=False)}
