@@ -5,11 +5,21 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import comfyui
+from .calibrate import (
+    CalibQuantCalibrate,
+    CalibQuantLoadCalibration,
+    CalibQuantMonitor,
+    CalibQuantSaveCalibration,
+)
 from .plan import CalibQuantPlan
-from .prompts import CalibQuantLoadPromptSet
+from .probe import CalibQuantProbe
+from .prompts import CalibQuantLoadPromptSet, CalibQuantPromptSet
 from .quantize import CalibQuantQuantize
 
-NODES: list[type[io.ComfyNode]] = [CalibQuantPlan, CalibQuantQuantize, CalibQuantLoadPromptSet]
+NODES: list[type[io.ComfyNode]] = [
+    *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
+    *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
+]
 
 
 class CalibQuantExtension(ComfyExtension):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 from comfy_api.latest import io, ui
 
-from ..quant_core import convert_to_quant, recipes
+from ..quant_core import convert_to_quant, recipes, scoring
+from ..quant_core.calibration import Calibration
+from ..quant_core.errors import CalibQuantError
 from ..quant_core.formats import title
+from ..quant_core.plan import Plan
+from ..quant_core.probe import Probe
 from ..quant_core.source import Source
 from ..quant_core.textfile import gigabytes
 from . import comfyui
+from .probe import percentile_inputs, probe_file
+from .recorder import CalibrationHandle
 
 _TYPES = list(convert_to_quant.TYPES)
 
@@ -33,8 +43,25 @@ class CalibQuantPlan(io.ComfyNode):
                     options=[
                         io.DynamicCombo.Option("recipe", [_recipe_input()]),
                         io.DynamicCombo.Option("convert_to_quant", _pattern_inputs()),
+                        io.DynamicCombo.Option("percentiles", percentile_inputs()),
+                        io.DynamicCombo.Option("keep_ratio", _ratio_inputs()),
+                        io.DynamicCombo.Option("hswq", _hswq_inputs()),
                     ],
-                    tooltip="How formats are chosen: a named recipe, or convert_to_quant's layer patterns.",
+                    tooltip="How formats are chosen: a named recipe, convert_to_quant's layer patterns, or from a "
+                    "probe of the weights: quant_probe's score (percentiles) the measured error (keep_ratio); "
+                    "or HSWQ's rule from a calibration.",
+                ),
+                comfyui.ProbeType.Input(
+                    "probe",
+                    optional=True,
+                    tooltip="From Probe Model Weights, of the same file. Without it, percentiles and keep_ratio probe "
+                    "the file themselves.",
+                ),
+                comfyui.CalibrationType.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="From Load Calibration or Calibrate, of the same model. FP8 and NVFP4 layers then get "
+                    "activation scales, and FP8 runs as W8A8 instead of weight-only.",
                 ),
             ],
             outputs=[comfyui.PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
@@ -45,11 +72,20 @@ class CalibQuantPlan(io.ComfyNode):
         return comfyui.fingerprint(model_name)
 
     @classmethod
-    def execute(cls, model_name: str, strategy: dict[str, str]) -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name: str,
+        strategy: dict[str, Any],
+        probe: Probe | None = None,
+        calibration: CalibrationHandle | None = None,
+    ) -> io.NodeOutput:
         with Source(comfyui.model_path(model_name)) as source:
-            recipe = _recipe(strategy)
-            plan = recipes.make_plan(source, recipe)
-            notes = [f"warning: {note}" for note in [*source.warnings(), recipe.warning] if note]
+            seen = calibration.current() if calibration else None
+            if seen is not None:
+                recipes.check_calibration(source, seen)
+            plan, warning = _plan(source, model_name, strategy, probe, seen)
+            plan = recipes.calibrated(source, plan, seen) if seen is not None else plan
+            notes = [f"warning: {note}" for note in [*source.warnings(), warning] if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         lines = [f"{source.architecture.title}: {counts}", f"{gigabytes(before)} → {gigabytes(plan.size)}", *notes]
@@ -76,6 +112,79 @@ def _pattern_inputs() -> list[io.Combo.Input | io.String.Input]:
             tooltip="Regular expression: layers left in the source dtype. Custom layers win where both match.",
         ),
     ]
+
+
+def _ratio_inputs() -> list[io.Combo.Input | io.Float.Input]:
+    return [
+        io.Float.Input(
+            "ratio",
+            default=0.25,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of the layers, those with the largest measured error in base first, that stays 16-bit.",
+        ),
+        io.Combo.Input("base", options=_TYPES, default="nvfp4", tooltip="Format of all other layers."),
+    ]
+
+
+def _hswq_inputs() -> list[io.Float.Input | io.Combo.Input]:
+    return [
+        io.Float.Input(
+            "ratio",
+            default=0.25,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of the layers, those with the largest output variance first, that stays 16-bit.",
+        ),
+        io.Combo.Input(
+            "version",
+            options=list(_HSWQ),
+            tooltip="V2 stores the searched scale; V1 is a plain FP8 cast, which its clipping never improves.",
+        ),
+    ]
+
+
+def _by_score(source: Source, probed: Probe, strategy: dict[str, Any]) -> Plan:
+    percentiles = {name: strategy[name] for name in ("fp8_percentile", "keep_percentile")}
+    return recipes.by_score(source, probed, replace(scoring.defaults(probed.architecture), **percentiles))
+
+
+def _keep_worst(source: Source, probed: Probe, strategy: dict[str, Any]) -> Plan:
+    return recipes.keep_worst(source, probed, strategy["ratio"], convert_to_quant.TYPES[strategy["base"]])
+
+
+_FROM_PROBE: dict[str, Callable[[Source, Probe, dict[str, Any]], Plan]] = {
+    "percentiles": _by_score,
+    "keep_ratio": _keep_worst,
+}
+
+
+_HSWQ = {"V2 (scaled)": True, "V1 (plain cast)": False}
+
+
+def _plan(
+    source: Source, model_name: str, strategy: dict[str, Any], linked: Probe | None, seen: Calibration | None
+) -> tuple[Plan, str]:
+    """The plan, and what the user should know of the way it was made."""
+    if linked is not None:
+        _check_same_file(linked, source)
+    if strategy["strategy"] == "hswq":
+        if seen is None:
+            raise CalibQuantError(f"{source.path}: the hswq strategy needs a calibration: link one")
+        return recipes.hswq(source, seen, strategy["ratio"], _HSWQ[strategy["version"]]), ""
+    if make := _FROM_PROBE.get(strategy["strategy"]):
+        return make(source, linked or probe_file(model_name), strategy), ""
+    recipe = _recipe(strategy)
+    return recipes.make_plan(source, recipe), recipe.warning
+
+
+def _check_same_file(probed: Probe, source: Source) -> None:
+    if (probed.source, probed.bytes) != (source.name, source.checkpoint.nbytes()):
+        raise CalibQuantError(
+            f"{source.path}: the linked probe is of another file ({probed.source}): choose the same model in both nodes"
+        )
 
 
 def _recipe(strategy: dict[str, str]) -> recipes.Recipe:

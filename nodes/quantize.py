@@ -7,11 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..quant_core import pipeline, quality
+from ..quant_core import pipeline, quality, recipes
 from ..quant_core.plan import Plan
 from ..quant_core.progress import Progress
+from ..quant_core.rounding import CHOICES
 from ..quant_core.source import Source
 from . import comfyui
+from .recorder import CalibrationHandle
 
 
 class CalibQuantQuantize(io.ComfyNode):
@@ -49,6 +51,20 @@ class CalibQuantQuantize(io.ComfyNode):
                     tooltip="Link a MODEL loaded from the same file to bake its LoRAs in (in float32, before "
                     "quantizing). Baking first keeps more quality than a LoRA on a quantized model.",
                 ),
+                io.Combo.Input(
+                    "rounding",
+                    options=list(CHOICES),
+                    default="auto",
+                    optional=True,
+                    tooltip="How weights are rounded. auto: GPTQ where a calibration allows it, else searched scales "
+                    "for NVFP4 and nearest for the rest. All make files of one size.",
+                ),
+                comfyui.CalibrationType.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="From Load Calibration or Calibrate, of the same model: lets GPTQ and the scale search "
+                    "weigh errors by what each layer really sees. Needed for plans by the hswq strategy.",
+                ),
             ],
             outputs=[
                 # "*" because the stock loaders' drop-downs take a link of no narrower type
@@ -64,14 +80,33 @@ class CalibQuantQuantize(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model_name: str, plan: Plan, filename_prefix: str, verify: bool, model: Any = None
+        cls,
+        model_name: str,
+        plan: Plan,
+        filename_prefix: str,
+        verify: bool,
+        model: Any = None,
+        rounding: str = "auto",
+        calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         output, loader_name = comfyui.output_path(filename_prefix, model_name)
         progress = comfyui.progress(2 if verify else 1)
         with Source(comfyui.model_path(model_name)) as source:
             merge, digest = comfyui.lora_merge(model, source) if model is not None else ({}, "")
             comfyui.show(cls.hidden.unique_id, f"quantizing {source.name}")
-            report = pipeline.quantize(source, plan, output, merge=merge, merged=digest, progress=progress(0))
+            seen = calibration.current() if calibration else None
+            if seen is not None:
+                recipes.check_calibration(source, seen)
+            report = pipeline.quantize(
+                source,
+                plan,
+                output,
+                merge=merge,
+                merged=digest,
+                calibration=seen,
+                rounding=rounding,
+                progress=progress(0),
+            )
             if verify:
                 comfyui.show(cls.hidden.unique_id, f"verifying {output.name}")
                 _verify_or_remove(source, report, merge, progress(1))

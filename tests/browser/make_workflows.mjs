@@ -1,20 +1,24 @@
-// Makes workflows/quantize_demo_model.json, its API twin and its thumbnail in the real frontend.
+// Makes the example workflows, their API twins and their thumbnails in the real frontend.
 //
-//     node tests/browser/make_workflows.mjs URL_OF_A_COMFYUI_SERVER_WITH_THIS_PACK
+//     node tests/browser/make_workflows.mjs URL_OF_A_COMFYUI_SERVER_WITH_THIS_PACK [NAME…]
 //
-// Environment: see page.mjs. The demo model is the only model the graph needs.
+// Environment: see page.mjs. The demo model is the only model the graphs need.
 import { mkdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { fit, MODEL, openPage, queueAndWait } from "./page.mjs";
 
 const WORKFLOWS = join(dirname(fileURLToPath(import.meta.url)), "..", "..", "workflows");
-const NAME = "quantize_demo_model";
 const SEED = 7;
 const DIGIT = 3;
 const DIGITS = 10;
 
-const NOTE = `# One model in, one small file out
+const SAMPLER = { seed: SEED, control_after_generate: "fixed", steps: 12, cfg: 1, sampler_name: "euler", scheduler: "simple", denoise: 1 };
+const PROMPTS = { prompt_set: "digits.safetensors", index: DIGIT };
+const LATENT = { width: 64, height: 64, length: 1, batch_size: 1 };
+const UPSCALE = { upscale_method: "nearest-exact", width: 256, height: 256, crop: "disabled" }; // 64 pixels are hard to see
+
+const QUANTIZE_NOTE = `# One model in, one small file out
 
 1. **Quantization Plan** chooses a format for every layer. Try another recipe.
 2. **Save Quantized Model** writes the file below \`output/diffusion_models\`. Its first output is the file's name.
@@ -26,13 +30,13 @@ The digit is the \`index\` of **Load Prompt Set**.
 *For your own model*: choose its file in both nodes of step 1 and 2, and sample with the text encoder and VAE it needs.`;
 
 // Key, node type, position, size, widget values by name.
-const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 340], { text: NOTE }],
+const QUANTIZE_NODES = [
+  ["note", "MarkdownNote", [40, 80], [400, 340], { text: QUANTIZE_NOTE }],
   ["plan", "CalibQuantPlan", [500, 80], [360, 190], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
   ["save", "CalibQuantQuantize", [920, 80], [400, 300],
     { model_name: MODEL, filename_prefix: "calibquant/digits", verify: true }],
-  ["prompts", "CalibQuantLoadPromptSet", [40, 620], [400, 110], { prompt_set: "digits.safetensors", index: DIGIT }],
-  ["latent", "EmptyHunyuanLatentVideo", [40, 800], [400, 140], { width: 64, height: 64, length: 1, batch_size: 1 }],
+  ["prompts", "CalibQuantLoadPromptSet", [40, 620], [400, 110], PROMPTS],
+  ["latent", "EmptyHunyuanLatentVideo", [40, 800], [400, 140], LATENT],
   ["vae", "VAELoader", [40, 1010], [400, 70], { vae_name: "calibquant_digits_vae.safetensors" }],
   ["seed", "PrimitiveInt", [40, 1150], [400, 90], { value: SEED }],
   ...row("small", 620),
@@ -40,19 +44,17 @@ const NODES = [
 ];
 
 function row(key, y) {
-  const sampler = { seed: SEED, control_after_generate: "fixed", steps: 12, cfg: 1, sampler_name: "euler", scheduler: "simple", denoise: 1 };
   return [
     [`${key}.unet`, "UNETLoader", [500, y], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
-    [`${key}.sampler`, "KSampler", [920, y], [320, 270], sampler],
+    [`${key}.sampler`, "KSampler", [920, y], [320, 270], SAMPLER],
     [`${key}.decode`, "VAEDecode", [1300, y], [260, 50], {}],
-    [`${key}.scale`, "ImageScale", [1300, y + 110], [260, 150],
-      { upscale_method: "nearest-exact", width: 256, height: 256, crop: "disabled" }], // 64 pixels are hard to see
+    [`${key}.scale`, "ImageScale", [1300, y + 110], [260, 150], UPSCALE],
     [`${key}.picture`, "PreviewImage", [1620, y], [280, 300], {}],
   ];
 }
 
 // From node, output, to node, input.
-const LINKS = [
+const QUANTIZE_LINKS = [
   ["plan", 0, "save", "plan"],
   ["save", 0, "small.unet", "unet_name"],
   ...["small", "large"].flatMap((key) => [
@@ -69,11 +71,79 @@ const LINKS = [
 ];
 
 // Title, colour, [x, y, width, height].
-const GROUPS = [
+const QUANTIZE_GROUPS = [
   ["Quantize", "#3f789e", [480, 0, 880, 500]],
   ["Prompt, size, seed: the same for both", "#b58b2a", [20, 540, 440, 760]],
   ["The quantized file, by the stock loader", "#88A", [480, 540, 1440, 390]],
   ["The 16-bit model", "#8A8", [480, 940, 1440, 390]],
+];
+
+const CALIBRATE_NOTE = `# What does each layer see?
+
+**Calibrate** samples the prompts itself and collects, for every layer, how large its inputs and outputs are and a sample of
+its inputs. No KSampler is needed. **Save Calibration** keeps it as one file below \`output/calibrations\`.
+
+*For your own model*: load it, link a prompt set of its text encoder (**Encode Prompt Set** makes one, with 64 prompts that
+ship with the pack), and set steps, cfg, sampler and size as you use the model. 32 samples are plenty.
+
+A cancel keeps what finished samples gave, below \`output/calibrations/unfinished\`.`;
+
+const CALIBRATE_NODES = [
+  ["note", "MarkdownNote", [40, 80], [400, 380], { text: CALIBRATE_NOTE }],
+  ["unet", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 250], [360, 110], PROMPTS],
+  ["calibrate", "CalibQuantCalibrate", [920, 80], [360, 420],
+    { samples: 20, steps: 12, cfg: 1, sampler_name: "euler", scheduler: "simple", width: 64, height: 64, frames: 1,
+      seed: 2000, rows: 128 }],
+  ["save", "CalibQuantSaveCalibration", [1340, 80], [400, 220], { filename_prefix: "digits", merge_with: "none" }],
+];
+const CALIBRATE_LINKS = [
+  ["unet", 0, "calibrate", "model"],
+  ["prompts", 0, "calibrate", "conditioning"],
+  ["calibrate", 0, "save", "calibration"],
+];
+
+const MONITOR_NOTE = `# Calibrate while you make pictures
+
+Put **Monitor Calibration** between the model (after its LoRAs) and your sampler, and go on as ever: the pictures stay the
+same, bit for bit. Each run adds to the file below \`output/calibrations\`, also after a restart.
+
+**Save Calibration** takes a copy of what has been collected so far. Its \`after\` waits for the sampler; without
+it the copy would be taken first.
+
+Queue a few prompts and seeds: 32 runs are plenty. *reset* begins anew.`;
+
+const MONITOR_NODES = [
+  ["note", "MarkdownNote", [40, 80], [400, 340], { text: MONITOR_NOTE }],
+  ["unet", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["monitor", "CalibQuantMonitor", [500, 250], [360, 200], { name: "digits_monitored", rows: 128, reset: false }],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 520], [360, 110], PROMPTS],
+  ["latent", "EmptyHunyuanLatentVideo", [500, 700], [360, 140], LATENT],
+  ["sampler", "KSampler", [920, 80], [320, 270], SAMPLER],
+  ["vae", "VAELoader", [920, 520], [320, 70], { vae_name: "calibquant_digits_vae.safetensors" }],
+  ["decode", "VAEDecode", [1300, 520], [260, 50], {}],
+  ["scale", "ImageScale", [1300, 630], [260, 150], UPSCALE],
+  ["picture", "PreviewImage", [1620, 520], [280, 300], {}],
+  ["save", "CalibQuantSaveCalibration", [1300, 80], [400, 220], { filename_prefix: "digits_copy", merge_with: "none" }],
+];
+const MONITOR_LINKS = [
+  ["unet", 0, "monitor", "model"],
+  ["monitor", 0, "sampler", "model"],
+  ["prompts", 1, "sampler", "positive"],
+  ["prompts", 1, "sampler", "negative"], // unused: cfg is 1
+  ["latent", 0, "sampler", "latent_image"],
+  ["monitor", 1, "save", "calibration"],
+  ["sampler", 0, "save", "after"],
+  ["sampler", 0, "decode", "samples"],
+  ["vae", 0, "decode", "vae"],
+  ["decode", 0, "scale", "image"],
+  ["scale", 0, "picture", "images"],
+];
+
+const EXAMPLES = [
+  { name: "quantize_demo_model", nodes: QUANTIZE_NODES, links: QUANTIZE_LINKS, groups: QUANTIZE_GROUPS, thumbnail: contactSheet },
+  { name: "calibrate_with_prompts", nodes: CALIBRATE_NODES, links: CALIBRATE_LINKS, groups: [], thumbnail: graphPicture },
+  { name: "monitor_my_own_graph", nodes: MONITOR_NODES, links: MONITOR_LINKS, groups: [], thumbnail: graphPicture },
 ];
 
 function build({ nodes, links, groups }) {
@@ -123,7 +193,7 @@ async function contactSheet(page, url, output) {
     }, digit);
     const { outputs } = await queueAndWait(page, url);
     for (const key of Object.keys(rows)) {
-      const y = NODES.find(([name]) => name === `${key}.picture`)[2][1];
+      const y = QUANTIZE_NODES.find(([name]) => name === `${key}.picture`)[2][1];
       const id = await page.evaluate((top) => String(window.app.graph.nodes.find((n) => n.type === "PreviewImage" && n.pos[1] === top).id), y);
       rows[key].push(await dataUrl(url, outputs[id].images[0]));
     }
@@ -140,17 +210,36 @@ async function contactSheet(page, url, output) {
   await sheet.close();
 }
 
-const url = process.argv[2];
-if (!url) throw new Error("usage: make_workflows.mjs URL");
+/** The graph after a run, above what its Save node says. */
+async function graphPicture(page, url, output) {
+  const { outputs } = await queueAndWait(page, url);
+  const text = Object.values(outputs).flatMap((o) => o.text ?? []).find((t) => t.includes(".calibration.safetensors\n"));
+  await page.keyboard.press("Escape"); // the template browser may have opened late
+  await fit(page);
+  const graph = (await page.screenshot({ clip: { x: 60, y: 60, width: 1840, height: 1000 } })).toString("base64");
+  const sheet = await page.context().browser().newPage();
+  await sheet.setViewportSize({ width: 400, height: 400 }); // template cards are square
+  const lines = text.split("\n").slice(1).map((line) => `<p>${line}</p>`).join("");
+  await sheet.setContent(`<style>body{margin:0;background:#1d1f24;color:#ddd;font:600 15px/21px sans-serif}p{margin:8px 16px}
+    img{width:400px;height:217px;margin:12px 0}</style><img src="data:image/png;base64,${graph}">${lines}`);
+  await sheet.screenshot({ path: output, type: "jpeg", quality: 80 });
+  await sheet.close();
+}
+
+const [url, ...wanted] = process.argv.slice(2);
+if (!url) throw new Error("usage: make_workflows.mjs URL [NAME…]");
 const { browser, page } = await openPage(url);
 try {
-  await page.evaluate(build, { nodes: NODES, links: LINKS, groups: GROUPS });
-  await fit(page);
-  const { workflow, output } = await page.evaluate(() => window.app.graphToPrompt());
   mkdirSync(join(WORKFLOWS, "api"), { recursive: true });
-  writeFileSync(join(WORKFLOWS, `${NAME}.json`), json(workflow));
-  writeFileSync(join(WORKFLOWS, "api", `${NAME}.json`), json(output));
-  await contactSheet(page, url, join(WORKFLOWS, `${NAME}.jpg`));
+  for (const { name, nodes, links, groups, thumbnail } of EXAMPLES) {
+    if (wanted.length && !wanted.includes(name)) continue;
+    await page.evaluate(build, { nodes, links, groups });
+    await fit(page);
+    const { workflow, output } = await page.evaluate(() => window.app.graphToPrompt());
+    writeFileSync(join(WORKFLOWS, `${name}.json`), json(workflow));
+    writeFileSync(join(WORKFLOWS, "api", `${name}.json`), json(output));
+    await thumbnail(page, url, join(WORKFLOWS, `${name}.jpg`));
+  }
 } finally {
   await browser.close();
 }

@@ -1,0 +1,276 @@
+"""Calibration: watch any sampler (Monitor), sample a prompt list (Calibrate), and their file (Save, Load)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..quant_core import calibration as engine
+from ..quant_core.errors import CalibQuantError
+from . import comfyui
+from .comfyui import SamplerSettings
+from .recorder import CalibrationHandle, Recorder, summary
+
+NONE = "none"
+_MONITORS: dict[Path, Recorder] = {}  # one per file, for as long as ComfyUI runs
+
+
+def _rows_input() -> io.Int.Input:
+    return io.Int.Input(
+        "rows",
+        default=engine.ROWS,
+        min=0,
+        max=1 << 16,
+        tooltip="How many input rows of each layer to keep (GPTQ needs about 2048). Memory and file grow with it: "
+        "2048 rows are some 6 GB for Flux, 128 are enough for statistics and activation scales.",
+    )
+
+
+class CalibQuantMonitor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibQuantMonitor",
+            display_name="Monitor Calibration",
+            category=comfyui.CATEGORY,
+            description="Put it between the model and your sampler: collects what each layer sees while you make "
+            "pictures as ever. The pictures stay the same, bit for bit.",
+            search_aliases=["calibrate", "activations", "statistics"],
+            inputs=[
+                io.Model.Input("model", tooltip="The 16-bit model you want to quantize, with or without LoRAs."),
+                io.String.Input(
+                    "name",
+                    default="my_model",
+                    tooltip="File name below output/calibrations. Saved after every run; continued after a restart.",
+                ),
+                _rows_input(),
+                io.Boolean.Input(
+                    "reset",
+                    default=False,
+                    tooltip="While on, every queued run begins anew and replaces the file. Off: runs add up.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The same model, watched. Link it to your sampler."),
+                comfyui.CalibrationType.Output("calibration", tooltip="What was collected so far; grows run by run."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, reset: bool, **_: object) -> float | str:
+        return float("nan") if reset else ""
+
+    @classmethod
+    def execute(cls, model: Any, name: str, rows: int, reset: bool) -> io.NodeOutput:
+        path, node_id = comfyui.saved_calibration_path(name), cls.hidden.unique_id
+        recorder = _MONITORS.setdefault(path, Recorder(path))
+        recorder.prepare(*comfyui.identify(model), rows, reset)
+        recorder.report = lambda text: comfyui.show(node_id, text)
+        return io.NodeOutput(comfyui.observe(model, recorder), CalibrationHandle(recorder.current))
+
+
+class CalibQuantCalibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibQuantCalibrate",
+            display_name="Calibrate",
+            category=comfyui.CATEGORY,
+            description="Samples prompts with the model and collects what each layer sees. No KSampler is needed.",
+            search_aliases=["calibration", "activations", "statistics"],
+            inputs=[
+                io.Model.Input("model", tooltip="The 16-bit model you want to quantize, with or without LoRAs."),
+                io.MultiType.Input(
+                    "conditioning",
+                    types=[comfyui.ConditioningSetType, io.Conditioning],
+                    tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
+                ),
+                *_sampling_inputs(),
+                _rows_input(),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
+                ),
+            ],
+            outputs=[comfyui.CalibrationType.Output("calibration", tooltip="What all samples together showed.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, conditioning: list[Any], samples: int, steps: int, cfg: float, sampler_name: str,
+        scheduler: str, width: int, height: int, frames: int, seed: int, rows: int, negative: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if cfg != 1 and negative is None:
+            raise CalibQuantError(f"cfg {cfg:g} needs a negative prompt: link one to negative, or set cfg to 1")
+        settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
+        architecture, identity = comfyui.identify(model)
+        name = Path(identity.get("source_file", architecture.name)).stem
+        recorder = Recorder(comfyui.new_calibration_path(f"unfinished/{name}"), patient=True)
+        recorder.prepare(architecture, identity, rows)
+        latent = comfyui.empty_latent(model, width, height, frames)
+        jobs = [(*prompt, seed + i) for i, prompt in enumerate(_in_turn(_prompts(conditioning), samples))]
+        try:
+            _sample_all(model, jobs, negative, latent, settings, recorder, cls.hidden.unique_id)
+        except BaseException:  # a cancel is no Exception; what finished runs gave must not be lost
+            recorder.save()
+            raise
+        collected = recorder.current()
+        recorder.path.unlink(missing_ok=True)
+        return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText(summary(collected)))
+
+
+def _sampling_inputs() -> list[Any]:
+    size = {"min": 16, "max": 16384, "step": 8}
+    return [
+        io.Int.Input(
+            "samples", default=32, min=1, max=4096, tooltip="Samples to draw; prompts take turns, seeds count up."
+        ),
+        io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Steps of each sample; 8 or 9 for turbo models."),
+        io.Float.Input(
+            "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
+            tooltip="As you use the model: 1 for turbo, distilled and Flux models. Above 1 link negative.",
+        ),
+        io.Combo.Input("sampler_name", options=comfyui.SAMPLERS, default="euler", tooltip="As you use the model."),
+        io.Combo.Input("scheduler", options=comfyui.SCHEDULERS, default="simple", tooltip="As you use the model."),
+        io.Int.Input("width", default=1024, **size, tooltip="Pixels. Take the size you use most."),
+        io.Int.Input("height", default=1024, **size, tooltip="Pixels. Take the size you use most."),
+        io.Int.Input("frames", default=1, min=1, max=16384, tooltip="Video models only: frames of each sample."),
+        io.Int.Input(
+            "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF - 4096, control_after_generate=False,
+            tooltip="Seed of the first sample; the next ones count up. Avoid the seeds you will compare models with.",
+        ),
+    ]  # fmt: skip
+
+
+def _prompts(conditioning: list[Any]) -> list[tuple[str, Any]]:
+    """(text, CONDITIONING) of a prompt set's entries; of a single CONDITIONING no text is known."""
+    if conditioning and isinstance(conditioning[0], dict):
+        return [(prompt["text"], [[prompt["cond"], prompt["options"]]]) for prompt in conditioning]
+    return [("", conditioning)]
+
+
+def _in_turn(prompts: list[tuple[str, Any]], count: int) -> list[tuple[str, Any]]:
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def _sample_all(
+    model: Any, jobs: list[tuple[str, Any, int]], negative: Any, latent: Any, settings: SamplerSettings,
+    recorder: Recorder, node_id: str | None,
+) -> None:  # fmt: skip
+    observed, progress = comfyui.observe(model, recorder), comfyui.preview_progress(len(jobs) * settings.steps)
+    clock = _Clock(len(jobs) * settings.steps)
+    for i, (text, positive, seed) in enumerate(jobs):
+        recorder.labels = {**({"prompts": text} if text else {}), "scheduler": settings.scheduler}
+
+        def step(done: int, of: int, preview: Any, i: int = i, text: str = text) -> None:
+            total = i * settings.steps + settings.steps * done // of
+            progress(total, preview)
+            clock.tell(total, lambda left: comfyui.show(node_id, f"sample {i + 1} of {len(jobs)} · {left}\n{text}"))
+
+        # At cfg 1 the negative prompt is not evaluated; the sampler wants one all the same.
+        comfyui.draw(observed, positive, negative or positive, latent, settings, seed, step)
+
+
+class _Clock:
+    """Time left, from the steps done; told once a second at most."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._began, self._told = total, time.monotonic(), 0.0
+
+    def tell(self, done: int, say: Callable[[str], None]) -> None:
+        now = time.monotonic()
+        if done and now - self._told >= 1:
+            self._told = now
+            say(f"{duration((now - self._began) / done * (self._total - done))} left")
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+class CalibQuantSaveCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibQuantSaveCalibration",
+            display_name="Save Calibration",
+            category=comfyui.CATEGORY,
+            description="Saves a calibration as one file, merged with an earlier one if you like.",
+            is_output_node=True,
+            inputs=[
+                comfyui.CalibrationType.Input("calibration", tooltip="From Calibrate or Monitor Calibration."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="my_model",
+                    tooltip="Below output/calibrations. A number is appended; nothing is overwritten.",
+                ),
+                io.Combo.Input(
+                    "merge_with",
+                    options=[NONE, *comfyui.calibration_names()],
+                    default=NONE,
+                    optional=True,
+                    tooltip="Add up with this file of the same model, as if both were calibrated in one go.",
+                ),
+                io.AnyType.Input(
+                    "after",
+                    optional=True,
+                    tooltip="Link the sampler's LATENT here when the calibration comes from Monitor Calibration, so "
+                    "that saving waits for sampling.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, merge_with: str = NONE, **_: object) -> str:
+        return "" if merge_with == NONE else comfyui.calibration_fingerprint(merge_with)
+
+    @classmethod
+    def execute(
+        cls, calibration: CalibrationHandle, filename_prefix: str, merge_with: str = NONE, after: Any = None
+    ) -> io.NodeOutput:
+        found = calibration.current()
+        if not found.layers:
+            raise CalibQuantError("nothing was collected yet: link the sampler's LATENT to after, which makes it wait")
+        if merge_with != NONE:
+            other = engine.load(comfyui.calibration_path(merge_with))
+            found = engine.merge(found, other, max(c.info.get("rows", engine.ROWS) for c in (found, other)))
+        path = comfyui.new_calibration_path(filename_prefix)
+        engine.save(found, path)
+        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}\n{summary(found)}"))
+
+
+class CalibQuantLoadCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibQuantLoadCalibration",
+            display_name="Load Calibration",
+            category=comfyui.CATEGORY,
+            description="Loads a calibration file.",
+            inputs=[
+                io.Combo.Input(
+                    "calibration_name",
+                    options=comfyui.calibration_names(),
+                    tooltip="A file from output/calibrations or models/calibquant_calibrations, or the demo model's.",
+                )
+            ],
+            outputs=[comfyui.CalibrationType.Output("calibration", tooltip="What the file holds.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration_name: str) -> str:
+        return comfyui.calibration_fingerprint(calibration_name)
+
+    @classmethod
+    def execute(cls, calibration_name: str) -> io.NodeOutput:
+        found = engine.load(comfyui.calibration_path(calibration_name))
+        return io.NodeOutput(CalibrationHandle(lambda: found), ui=ui.PreviewText(summary(found)))

@@ -1,0 +1,177 @@
+"""CalibQuantProbe ("Probe Model Weights"): what the weights alone tell, as a heatmap and for Quantization Plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..quant_core import architectures, probe, scoring
+from ..quant_core.formats import title
+from ..quant_core.probe import LayerProbe, Probe
+from ..quant_core.scoring import Scored, ScoreOptions
+from ..quant_core.textfile import gigabytes
+from . import comfyui
+
+FAMILY, CUSTOM = "family", "custom"
+STATISTICS = ("kurtosis", "dynamic_range", "outlier_share", "row_spread", "block16_spread", "block32_spread", "std")
+FIELDS = ("name", "type", "block", "shape", "protected", "decision", "score", "reason", *STATISTICS, "errors")
+_latest: dict[tuple[str, str], Probe] = {}  # at most one: to change a threshold is not to read 26 GB again
+
+
+class CalibQuantProbe(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="CalibQuantProbe",
+            display_name="Probe Model Weights",
+            category=comfyui.CATEGORY,
+            description="Reads every weight of a model file once and shows, layer by layer, its statistics and the "
+            "error that each format would cost. No prompts, no sampling, no GPU.",
+            search_aliases=["quantize", "kurtosis", "heatmap", "quant_probe"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=comfyui.model_names(),
+                    tooltip="The 16-bit model file to probe. All-in-one checkpoints are listed as checkpoints/NAME.",
+                ),
+                io.Boolean.Input(
+                    "compat",
+                    default=False,
+                    tooltip="Decide as quant_probe does, its defects included. Wan and Z-Image only. Changes the "
+                    "decisions shown here, not the measured errors and not a plan.",
+                ),
+                io.DynamicCombo.Input(
+                    "thresholds",
+                    options=[
+                        io.DynamicCombo.Option(FAMILY, []),
+                        io.DynamicCombo.Option(CUSTOM, [*percentile_inputs(), _kurtosis_input()]),
+                    ],
+                    tooltip="When a score means FP8 or 16 bit: the model family's values (Wan 75/90, Z-Image 50/90, "
+                    "others 75/90), or your own.",
+                ),
+            ],
+            outputs=[comfyui.ProbeType.Output("probe", tooltip="Statistics and errors of every layer, for a plan.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
+        return comfyui.fingerprint(model_name)
+
+    @classmethod
+    def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any]) -> io.NodeOutput:
+        probed = probe_file(model_name)
+        options = _options(probed, thresholds)
+        scored = scoring.decide(probed, options, compat=compat)
+        text = summary(probed, scored, options, compat)
+        return io.NodeOutput(probed, ui={"text": [text], "calibquant_probe": [document(probed, scored)]})
+
+
+def percentile_inputs() -> list[io.Float.Input]:
+    """The two percentiles of the score, as this node and Quantization Plan ask for them."""
+    return [
+        io.Float.Input(
+            "fp8_percentile",
+            default=75.0,
+            min=0.0,
+            max=100.0,
+            step=1.0,
+            tooltip="Layers whose score is above this percentile of all scores are FP8, those below NVFP4.",
+        ),
+        io.Float.Input(
+            "keep_percentile",
+            default=90.0,
+            min=0.0,
+            max=100.0,
+            step=1.0,
+            tooltip="Layers whose score is above this percentile stay 16-bit. Not below fp8_percentile.",
+        ),
+    ]
+
+
+def _kurtosis_input() -> io.Float.Input:
+    return io.Float.Input(
+        "kurtosis_keep",
+        default=8.0,
+        min=-3.0,
+        max=1e6,
+        step=0.5,
+        tooltip="Layers with this excess kurtosis or more stay 16-bit, whatever their score.",
+    )
+
+
+def probe_file(model_name: str) -> Probe:
+    """The probe of a model of the list, with a progress bar; the latest one is remembered while its file is the same.
+
+    Raises CalibQuantError for a quantized or damaged file; a cancel raises ComfyUI's own exception.
+    """
+    key = (model_name, comfyui.fingerprint(model_name))
+    if key not in _latest:
+        probed = probe.probe(comfyui.model_path(model_name), progress=comfyui.progress()(0))
+        _latest.clear()
+        _latest[key] = probed
+    return _latest[key]
+
+
+def _options(probed: Probe, thresholds: dict[str, Any]) -> ScoreOptions:
+    own = {name: value for name, value in thresholds.items() if name != "thresholds"}
+    return replace(scoring.defaults(probed.architecture), **own)
+
+
+def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) -> str:
+    """A few lines for the node."""
+    counts = " · ".join(f"{n} {name}" for name, n in scored.count().items())
+    worst = max((d.layer for d in scored.decisions), key=lambda layer: layer.errors["nvfp4"][0])
+    family = architectures.by_name(probed.architecture).title
+    lines = [
+        f"{family}: {len(probed.layers)} layers, {gigabytes(probed.bytes)}",
+        f"by score ({options.fp8_percentile:g}/{options.keep_percentile:g}"
+        f"{', as quant_probe' if compat else ''}): {counts}, "
+        f"about {gigabytes(scoring.estimated_bytes(probed, scored))}",
+        f"largest NVFP4 error: {worst.name} {worst.errors['nvfp4'][0]:.2e}",
+    ]
+    if probed.architecture in scoring.DEFAULTS and not compat:
+        other = scoring.differences(scored, scoring.decide(probed, options, compat=True))
+        lines.append(f"quant_probe would decide otherwise on {len(other)} layers")
+    return "\n".join(lines)
+
+
+def document(probed: Probe, scored: Scored) -> dict[str, Any]:
+    """What js/heatmap.js draws: ``layers`` are rows of ``fields``, numbers of 4 digits (Wan 14B: 400 layers, 90 kB).
+
+    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``. ``correlations``: statistic -> Spearman
+    correlation with the nearest error, in the order of ``formats``; None where one does not vary. ``types``: the rows
+    of the map, main blocks first.
+    """
+    decided = {d.layer.name: (d.decision, _round(d.score), d.reason) for d in scored.decisions}
+    formats = list(probed.layers[0].errors)
+    return {
+        "source": probed.source,
+        "architecture": probed.architecture,
+        "sample": probed.sample,
+        "formats": formats,
+        "titles": [title(fmt) for fmt in formats],
+        "correlations": {name: [row[fmt] for fmt in formats] for name, row in probe.correlations(probed).items()},
+        "types": _types(probed),
+        "fields": FIELDS,
+        "layers": [_row(layer, decided.get(layer.name, ("", None, ""))) for layer in probed.layers],
+    }
+
+
+def _types(probed: Probe) -> list[str]:
+    layers = [layer for layer in probed.layers if layer.block is not None]
+    subgraphs = list(dict.fromkeys(layer.subgraph for layer in layers))
+    rows = {(layer.subgraph != "main", subgraphs.index(layer.subgraph), layer.type) for layer in layers}
+    return [name for _, _, name in sorted(rows)]
+
+
+def _row(layer: LayerProbe, decision: tuple[str, float | None, str]) -> list[Any]:
+    errors = [[_round(value) for value in pair] for pair in layer.errors.values()]
+    head = [layer.name, layer.type, layer.block, list(layer.shape), layer.protected, *decision]
+    return [*head, *(_round(getattr(layer, name)) for name in STATISTICS), errors]
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")

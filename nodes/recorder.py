@@ -1,0 +1,153 @@
+"""Sampling runs added up in one calibration file: what Monitor Calibration and Calibrate have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..quant_core import calibration
+from ..quant_core.architectures import Architecture
+from ..quant_core.calibration import Calibration, Collector
+from ..quant_core.errors import CalibQuantError
+from .comfyui import SamplingRun
+
+SAVING_SHARE = 10  # a patient recorder works at least this many times as long as its last save took, then saves again
+_IDENTITY = ("architecture", "source_fingerprint")
+
+
+@dataclass(frozen=True)
+class CalibrationHandle:
+    """What a CALIBRATION link carries; current() is live behind a monitor and constant otherwise."""
+
+    current: Callable[[], Calibration]
+
+
+class Recorder:
+    """Adds runs up on top of what its file held, and saves after each. There must be one per file only.
+
+    An observer of ``comfyui.observe``. rows: capacity of each input's row sample. patient: may skip a save.
+    """
+
+    def __init__(self, path: Path, patient: bool = False, report: Callable[[str], None] | None = None) -> None:
+        self.path = path
+        self.report = report  # told after every run
+        self.labels: dict[str, Any] = {}  # provenance of the next runs that only the caller knows: prompts, scheduler
+        self._patient = patient
+        self._before = Calibration()
+        self._identity: dict[str, Any] = {}
+        self._rows = 0
+        self._forget()
+
+    def prepare(self, architecture: Architecture, identity: Mapping[str, Any], rows: int, reset: bool = False) -> None:
+        """Continue what this recorder or its file holds, or begin anew. CalibQuantError: it is of another model."""
+        before = Calibration() if reset else self._continued(identity, rows)
+        if before is None:
+            return
+        self._before, self._identity, self._rows = before, dict(identity), rows
+        self._forget()
+        # Seeded by what came before, so that a repeated run does not draw the same rows again.
+        self._collector = Collector(_groups(architecture), rows, seed=len(self._before.info.get("runs", [])))
+
+    def current(self) -> Calibration:
+        """Everything collected so far, by finished runs."""
+        if self._collector is None:
+            return self._before
+        collected = self._collector.result({**self._identity, **self._info})
+        return calibration.merge(self._before, collected, self._rows) if self._before.layers else collected
+
+    def save(self) -> None:
+        """Write what is not on disk yet."""
+        if not self._unsaved:
+            return
+        began = time.monotonic()
+        calibration.save(self.current(), self.path, overwrite=True)
+        self._saved, self._unsaved = time.monotonic(), False
+        self._cost = self._saved - began
+
+    def start(self, run: SamplingRun) -> Collector:
+        assert self._collector is not None, "prepare comes first"
+        self._run = run
+        self._collector.start_run(f"{self.labels.get('prompts', '')} seed {run.seed}".strip())
+        return self._collector
+
+    def finish(self) -> None:
+        assert self._collector is not None
+        self._collector.finish_run()
+        known = {"seeds": self._run.seed, "steps": self._run.steps, "sampler": self._run.sampler, "cfg": self._run.cfg}
+        known |= {"resolution": self._run.resolution, "patched_tensors": self._run.patched, **self.labels}
+        for name, value in known.items():
+            values = self._info.setdefault(name, [])
+            if value not in values:
+                values.append(value)
+        self._unsaved = True
+        if not self._patient or time.monotonic() - self._saved >= SAVING_SHARE * self._cost:
+            self.save()
+        if self.report:
+            rows = f"{self._collector.nbytes() / 1e6:.0f} MB of rows"
+            self.report(f"{counted(self._runs(), 'run')} in {self.path.name} ({rows})")
+
+    def drop(self) -> None:
+        if self._collector is not None:
+            self._collector.drop_run()
+
+    def _forget(self) -> None:
+        self._collector: Collector | None = None
+        self._info: dict[str, list[Any]] = {}
+        self._unsaved = False
+        self._saved, self._cost = 0.0, 0.0
+
+    def _runs(self) -> int:
+        runs = self._collector.info["runs"] if self._collector else []
+        return len(self._before.info.get("runs", [])) + len(runs)
+
+    def _continued(self, identity: Mapping[str, Any], rows: int) -> Calibration | None:
+        """What to build on; None when the collector at hand goes on as it is."""
+        deleted = self._saved and not self.path.exists()  # by the user, who wants to begin anew
+        if self._collector is not None and not deleted:
+            self._check(self._identity, identity)
+            return None if rows == self._rows else self.current()
+        if not self.path.exists():
+            return Calibration()
+        held = calibration.load(self.path)
+        self._check(held.info, identity)
+        return held
+
+    def _check(self, held: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        if any(held.get(name) != identity.get(name) for name in _IDENTITY):
+            model = held.get("source_file") or f"a {held.get('architecture')} model"
+            raise CalibQuantError(
+                f"{self.path}: holds the calibration of another model ({model}): give another name, or switch reset on "
+                "to replace it"
+            )
+
+
+def _groups(architecture: Architecture) -> Callable[[str], str]:
+    return lambda layer: architecture.describe(layer).shared_input
+
+
+def summary(found: Calibration) -> str:
+    """Layers, rows, runs and how far the largest input channel stands out: a few lines for a node."""
+    rows = [len(sample.rows) for sample in found.rows.values()]
+    held = f"up to {max(rows)} rows of {len(rows)} inputs" if rows else "no rows"
+    lines = [f"{len(found.layers)} layers · {held} · {counted(len(found.info.get('runs', [])), 'run')}"]
+    ratios = {name: outlier_ratio(stats.input_amax) for name, stats in found.layers.items()}
+    if ratios:
+        worst = max(ratios, key=lambda name: ratios[name])
+        middle = sorted(ratios.values())[len(ratios) // 2]
+        lines.append(f"largest/median channel: {ratios[worst]:.1f} in {worst}, {middle:.1f} in the median layer")
+    return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def outlier_ratio(amax: torch.Tensor) -> float:
+    """Largest over median amax of the channels that are not always zero; 1 if all are."""
+    used = amax[amax > 0]
+    return float(used.max() / used.median()) if len(used) else 1.0
