@@ -211,7 +211,7 @@ class _Sums:
         self.output_square += output_square
         self.call_mean += output.to(self.output.dtype).mean() / y.shape[0]
         self.call_square += output_square.to(self.output.dtype).mean() / y.shape[0]
-        finite = torch.isfinite(amax.max()) & torch.isfinite(output_square.max())
+        finite = torch.isfinite(amax.max() + output_square.max())
         self.first_bad = torch.where((self.first_bad == 0) & ~finite, step, self.first_bad)
 
     def cpu(self) -> _Sums:
