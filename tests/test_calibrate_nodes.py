@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 import torch
 from comfy_env import PACK_NAME, PromptInterrupted, Server, ServerError
 from keys import make_keys
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -211,7 +213,7 @@ def test_file_goes_on_after_a_restart_unless_reset(
     pack: dict[str, Any], model: Any, digits: list[Any], monkeypatch: pytest.MonkeyPatch, comfy: Path
 ) -> None:
     stored = Stored()
-    for seed in (1, 2):
+    for seed in (1, 1):
         stored.record(model, lambda s=seed: ksampler(model, digits[4], seed=s))
         watched, _ = monitor(pack, model, "restarted")
         ksampler(watched, digits[4], seed=seed)
@@ -220,7 +222,9 @@ def test_file_goes_on_after_a_restart_unless_reset(
     saved = calibration.load(path)
     check_statistics(saved, stored)
     check_rows(saved, stored)
-    assert saved.info["runs"] == ["seed 1", "seed 2"] and saved.info["seeds"] == [1, 2]
+    assert saved.info["runs"] == ["seed 1", "seed 1"] and saved.info["seeds"] == [1]
+    for sample in saved.rows.values():  # the same run again draws other rows
+        assert len(set(sample.keys)) == len(sample.keys)
     watched, handle = monitor(pack, model, "restarted", reset=True)
     assert not handle.current().layers
     ksampler(watched, digits[4], seed=9)
@@ -458,6 +462,29 @@ def test_calibrate_samples_prompts_in_turn(pack: dict[str, Any], model: Any, dig
     assert hooks_on(model) == 0
 
 
+def test_calibrate_tells_progress_over_all_samples(
+    pack: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preview, utils = importlib.import_module("latent_preview"), importlib.import_module("comfy.utils")
+    bar, texts = [], []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            bar.append((0, total, None))
+
+        def update_absolute(self, *values: Any) -> None:
+            bar.append(values)
+
+    monkeypatch.setattr(utils, "ProgressBar", Bar)
+    monkeypatch.setattr(preview.args, "preview_method", preview.LatentPreviewMethod.Latent2RGB)
+    comfyui = sys.modules[pack["CalibQuantCalibrate"].__module__].comfyui
+    monkeypatch.setattr(comfyui, "show", lambda _node, text: texts.append(text))
+    execute(pack["CalibQuantCalibrate"], model=model, conditioning=prompt_set(pack), **settings())
+    assert [(done, total) for done, total, _ in bar] == [(i, 3 * STEPS) for i in range(3 * STEPS + 1)]
+    assert all(picture[0] == "JPEG" and picture[1].size == (8, 8) for _, _, picture in bar[1:])
+    assert re.fullmatch(r"sample 1 of 3 · \d+ s left\n0", texts[0])
+
+
 def test_calibrate_takes_one_conditioning_and_a_negative(pack: dict[str, Any], model: Any, digits: list[Any]) -> None:
     node, how = pack["CalibQuantCalibrate"], settings(samples=2, cfg=3.0)
     found = execute(node, model=model, conditioning=digits[4], negative=digits[0], **how).result[0].current()
@@ -527,6 +554,41 @@ def test_save_waits_merges_and_loads(pack: dict[str, Any], model: Any, digits: l
         close(merged.layers[name].input_sqmean, stats.input_sqmean, name)
         close(merged.layers[name].output_sqmean, stats.output_sqmean, name)
         assert len(merged.rows_of(name)) == len(together.rows_of(name))
+
+
+def collected(first: int, count: int, rows: int, seed: int) -> Calibration:
+    """Inputs are the numbers first … first + count - 1, one a call."""
+    collector = calibration.Collector(lambda layer: "", rows, seed)
+    collector.start_run("")
+    for value in range(first, first + count):
+        collector.add("layer", torch.full((1, 1), float(value)), torch.ones(1, 1))
+    collector.finish_run()
+    return collector.result()
+
+
+def test_merged_rows_are_uniform_whatever_the_row_limits() -> None:
+    share = []
+    for seed in range(60):
+        small, large = collected(0, 128, 8, seed), collected(128, 128, 64, 1000 + seed)
+        values = calibration.merge(small, large, 64).rows_of("layer").flatten().float()
+        share.append((values < 128).float().mean().item())
+        assert 8 <= len(values) <= 64
+    assert 0.42 < sum(share) / len(share) < 0.58  # both saw 128 rows; cutting at 64 alone would give 8 / 64 = .12
+
+
+def test_rows_that_wait_on_the_device_are_bounded_at_no_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, limit = collected(0, 300, 16, 5), 6  # bytes: three rows of one bfloat16
+    monkeypatch.setattr(calibration, "PENDING", limit)
+    flush, most = calibration._Reservoir.flush, []
+
+    def note(reservoir: Any) -> None:
+        most.append(sum(rows.nbytes for _, rows in reservoir._pending))
+        flush(reservoir)
+
+    monkeypatch.setattr(calibration._Reservoir, "flush", note)
+    found = collected(0, 300, 16, 5)
+    assert torch.equal(found.rows_of("layer"), expected.rows_of("layer"))
+    assert len(most) > 3 and max(most) <= limit + 2
 
 
 class FakeClip:
@@ -638,8 +700,10 @@ def test_monitor_workflow_collects_run_by_run_and_changes_no_picture(server: Ser
 
 
 def _picture(server: Server, output: dict[str, Any]) -> bytes:
+    """Pixels only: the file also holds the graph."""
     (image,) = output["images"]
-    return (server.base_dir / "temp" / image["subfolder"] / image["filename"]).read_bytes()
+    with Image.open(server.base_dir / "temp" / image["subfolder"] / image["filename"]) as file:
+        return file.tobytes()
 
 
 def test_cancel_of_a_real_calibrate_keeps_its_runs(server: Server) -> None:

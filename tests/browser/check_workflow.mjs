@@ -21,7 +21,7 @@ async function openTemplate(page, name) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
   const dialog = page.getByRole("dialog");
   await dialog.getByText(PACK, { exact: true }).click();
-  const card = dialog.locator("img").first();
+  const card = dialog.getByAltText(TITLE, { exact: true }).first();
   await card.waitFor();
   await page.waitForTimeout(500);
   if (shots) await page.screenshot({ path: join(shots, `${name}_templates.png`) });
