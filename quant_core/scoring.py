@@ -129,7 +129,7 @@ def decide(probed: Probe, options: ScoreOptions | None = None, compat: bool = Fa
     unknown = set(options.spread_filter_exempt) - {d.type for d in layers}
     if unknown:
         known = ", ".join(sorted({d.type for d in layers}))
-        raise CalibQuantError(
+        raise OptionError(
             f"--spread-filter-exempt {' '.join(sorted(unknown))}: no such layer type; there are {known}"
         )
     scores = score([d.layer for d in layers], [d.type for d in layers], options, small_types=compat)

@@ -6,6 +6,7 @@
 
 `base_dir` takes the place of ComfyUI's own models, input, output, temp and user folders: its checkout stays untouched.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -26,8 +27,17 @@ from typing import Any
 
 from bootstrap import ROOT, SHIMS, find_comfyui
 
-__all__ = ["PACK_NAME", "ROOT", "ComfyUINotFound", "PromptInterrupted", "Server", "ServerError", "find_comfyui",
-           "import_comfy", "start_server"]
+__all__ = [
+    "PACK_NAME",
+    "ROOT",
+    "ComfyUINotFound",
+    "PromptInterrupted",
+    "Server",
+    "ServerError",
+    "find_comfyui",
+    "import_comfy",
+    "start_server",
+]
 
 PACK_NAME = "ComfyUI-CalibQuant"
 MODEL_FOLDERS = ("checkpoints", "diffusion_models", "loras", "text_encoders", "vae")
@@ -155,8 +165,9 @@ class Server:
         return "\n".join(["--- end of the server log", *log[-lines:]])
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=30) as response:
             return json.loads(response.read() or b"null")
 
@@ -181,17 +192,34 @@ def start_server(base_dir: Path, port: int = 0, custom_node: Path = ROOT) -> Ite
     make_base_dir(base_dir)
     _place_pack(custom_node, base_dir / "custom_nodes" / PACK_NAME)
     port = port or _free_port()
-    command = [sys.executable, str(comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(port),
-               "--disable-api-nodes", "--base-directory", str(base_dir), "--database-url", "sqlite:///:memory:",
-               *([] if has_cuda() else ["--cpu"])]
+    command = [
+        sys.executable,
+        str(comfyui / "main.py"),
+        "--listen",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--disable-api-nodes",
+        "--base-directory",
+        str(base_dir),
+        "--database-url",
+        "sqlite:///:memory:",
+        *([] if has_cuda() else ["--cpu"]),
+    ]
     environment = dict(os.environ)
     if install_shims():
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SHIMS), environment.get("PYTHONPATH")]))
     started = time.monotonic()
     with open(base_dir / "server.log", "wb") as log:
         # cwd: ComfyUI writes a log file where it stands. A group of its own: its children go down with it.
-        process = subprocess.Popen(command, cwd=base_dir, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                                   start_new_session=os.name != "nt")
+        process = subprocess.Popen(
+            command,
+            cwd=base_dir,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=os.name != "nt",
+        )
     try:
         server = Server(process, port, base_dir)
         _wait_until_up(server)

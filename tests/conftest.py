@@ -1,4 +1,5 @@
 """Fixtures of the tests that need a real ComfyUI; without one they are skipped with one line that says why."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

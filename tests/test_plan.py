@@ -17,7 +17,7 @@ import reference
 import torch
 from keys import make_keys
 
-from quant_core import convert_to_quant, pipeline, plan, recipes
+from quant_core import convert_to_quant, pipeline, plan, probe, probe_report, recipes, scoring
 from quant_core.errors import CalibQuantError
 from quant_core.layout import predicted_size
 from quant_core.plan import LayerPlan, Plan
@@ -221,6 +221,20 @@ ON_CPU = ["--device", "cpu:0", "--calib_samples", "8", "--simple", "--custom-sim
 
 def formats_of(made: Plan) -> dict[str, str]:
     return {name: entry.format for name, entry in made.layers.items()}
+
+
+@NEEDS_TOOL
+def test_a_probes_printed_command_makes_the_tool_decide_so(tmp_path: Path) -> None:
+    file = models.save(tmp_path / "m.safetensors", models.zimage())
+    probed = probe.probe(file)
+    options = scoring.ScoreOptions(fp8_percentile=40, keep_percentile=80, kurtosis_keep=float("inf"))
+    scored = scoring.decide(probed, options)
+    assert all(scored.count().values())  # KEEP, FP8 and NVFP4 all occur
+    program, *words = shlex.split(probe_report.suggestion(probed, scored, str(file)))
+    output = Path(words[words.index("-o") + 1])
+    assert program == "convert_to_quant" and output.parent == tmp_path
+    wanted = scoring.formats(scored, [layer.name for layer in probed.layers])
+    assert run_tool(words, output) == {name: fmt for name, fmt in wanted.items() if fmt != "bf16"}
 
 
 def run_tool(arguments: list[str], output: Path) -> dict[str, str]:

@@ -94,6 +94,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+
 # Published Flux files call the weight of these RMS norms ".scale"; ComfyUI renames it while loading.
 def _published_name(name: str, key: str) -> str:
     return re.sub(r"(query_norm|key_norm)\.weight$", r"\1.scale", key) if name.startswith("flux_") else key

@@ -5,6 +5,7 @@ then torchvision fails on ``operator torchvision::nms does not exist`` and torch
 imports both but calls none of that compiled code for diffusion models, so declaring it absent is enough. On a machine
 where both import, this does nothing.
 """
+
 from __future__ import annotations
 
 import importlib
