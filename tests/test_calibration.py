@@ -1,0 +1,161 @@
+"""The collector against brute force in float64, merging, the file, and the command line; no ComfyUI needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+
+from quant_core import calibration
+from quant_core.calibration import Calibration, Collector
+from quant_core.errors import CalibQuantError
+
+LAYERS = {"a.q": (24, 8), "a.k": (24, 12), "b.ffn": (16, 24)}  # a.q and a.k see one tensor
+RUNS = ["seed 1 fox", "seed 2 owl"]
+
+
+def group_of(layer: str) -> str:
+    return "a" if layer.startswith("a.") else ""
+
+
+def calls(run: str, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(layer, input, output) of three model evaluations with differing numbers of rows."""
+    generator = torch.Generator().manual_seed(sum(run.encode()))
+    made = []
+    for step in range(3):
+        shared = torch.randn(2, 5 + step, 24, generator=generator).to(dtype)
+        inputs = {"a.q": shared, "a.k": shared, "b.ffn": torch.randn(7, 16, generator=generator).to(dtype) + 2}
+        for name, (width, out) in LAYERS.items():
+            weight = torch.linspace(-1, 1, width * out).view(out, width).to(dtype)
+            made.append((name, inputs[name], inputs[name] @ weight.T))
+    return made
+
+
+def collect(runs: list[str], rows: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> Calibration:
+    collector = Collector(group_of, rows, seed)
+    for run in runs:
+        collector.start_run(run)
+        for i, call in enumerate(calls(run, dtype)):
+            if i % len(LAYERS) == 0:
+                collector.model_call(torch.tensor([1.0 - i / 10]), [1, 0])
+            collector.add(*call)
+        collector.finish_run()
+    return collector.result({"architecture": "test", "source_fingerprint": "f"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_equal_brute_force(dtype: torch.dtype) -> None:
+    found = collect(RUNS, dtype=dtype)
+    for name, (width, out) in LAYERS.items():
+        mine = [(x, y) for run in RUNS for layer, x, y in calls(run, dtype) if layer == name]
+        x = torch.cat([x.reshape(-1, width) for x, _ in mine]).double()
+        y = torch.cat([y.reshape(-1, out) for _, y in mine]).double()
+        stats = found.layers[name]
+        assert (stats.count, stats.calls) == (len(x), len(mine))
+        torch.testing.assert_close(stats.input_absmean.double(), x.abs().mean(0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(stats.input_sqmean.double(), x.square().mean(0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(stats.input_amax.double(), x.abs().amax(0))
+        torch.testing.assert_close(stats.output_channel_sqmean.double(), y.square().mean(0), rtol=1e-5, atol=1e-6)
+        # HSWQ's own definition: every call weighs the same
+        means, squares = [y.double().mean() for _, y in mine], [y.double().square().mean() for _, y in mine]
+        variance = sum(squares) / len(mine) - (sum(means) / len(mine)) ** 2
+        assert stats.output_variance == pytest.approx(variance.item(), rel=1e-5)
+    assert found.info["sigmas"] == {"1": 2, "0.7": 2, "0.4": 2}
+    assert (found.info["cond_rows"], found.info["uncond_rows"]) == (6, 6)
+
+
+def test_sampled_rows_are_seen_rows_and_shared_by_layers_with_one_input() -> None:
+    found = collect(RUNS)
+    seen = torch.cat([x.reshape(-1, 24) for run in RUNS for layer, x, _ in calls(run) if layer == "a.q"]).bfloat16()
+    rows = found.rows_of("a.q")
+    assert found.rows_of("a.k") is rows and set(found.rows) == {"a.q", "b.ffn"}
+    assert len(rows) == 16 and all((row == seen).all(1).any() for row in rows)
+    assert torch.equal(rows, collect(RUNS).rows_of("a.q"))  # deterministic
+    assert not torch.equal(rows, collect(RUNS, seed=1).rows_of("a.q"))
+
+
+def test_every_row_is_as_likely_to_be_sampled() -> None:
+    hits = np.zeros(60)
+    for seed in range(400):
+        collector = Collector(lambda _: "", rows=12, seed=seed)
+        collector.start_run("run")
+        for start in (0, 10, 40):  # calls of 10, 30 and 20 rows
+            x = torch.arange(start, {0: 10, 10: 40, 40: 60}[start]).float().view(-1, 1)
+            collector.add("layer", x, x)
+        collector.finish_run()
+        hits[collector.result().rows_of("layer").flatten().long().numpy()] += 1
+    assert hits.sum() == 400 * 12
+    expected = 400 * 12 / 60
+    assert ((hits - expected) ** 2 / expected).sum() < 100  # chi-square, 59 degrees of freedom: p < .001 above 98
+
+
+def test_merging_equals_calibrating_in_one_go() -> None:
+    one, parts = collect(RUNS), [collect([run]) for run in RUNS]
+    for merged in (calibration.merge(*parts, 16), calibration.merge(*reversed(parts), 16)):
+        for name, stats in one.layers.items():
+            other = merged.layers[name]
+            assert (other.count, other.calls) == (stats.count, stats.calls)
+            torch.testing.assert_close(other.input_sqmean, stats.input_sqmean)
+            torch.testing.assert_close(other.input_amax, stats.input_amax)
+            assert other.output_variance == pytest.approx(stats.output_variance, rel=1e-6)
+        for name, sample in one.rows.items():
+            assert np.array_equal(np.sort(merged.rows[name].keys), np.sort(sample.keys))
+        assert merged.info["sigmas"] == one.info["sigmas"] and sorted(merged.info["runs"]) == sorted(RUNS)
+    foreign = Calibration({}, {}, {"architecture": "other"})
+    with pytest.raises(CalibQuantError, match="different models"):
+        calibration.merge(parts[0], foreign)
+
+
+def test_the_file_holds_everything(tmp_path: Path) -> None:
+    found, path = collect(RUNS), tmp_path / "m.calibration.safetensors"
+    calibration.save(found, path)
+    read = calibration.load(path)
+    assert read.info == {k: v for k, v in found.info.items()}
+    for name, stats in found.layers.items():
+        for key in ("input_absmean", "input_sqmean", "input_amax", "output_channel_mean"):
+            assert torch.equal(getattr(read.layers[name], key), getattr(stats, key))
+        assert (read.layers[name].output_mean, read.layers[name].count) == (stats.output_mean, stats.count)
+        assert torch.equal(read.rows_of(name), found.rows_of(name))
+    with pytest.raises(CalibQuantError, match="is no calibration of this tool"):
+        calibration.load(models.save(tmp_path / "model.safetensors", models.zimage()))
+
+
+def test_nan_names_layer_and_step_and_a_dropped_run_leaves_no_trace() -> None:
+    collector = Collector(group_of, rows=4)
+    collector.start_run("bad")
+    for step in (1, 2):
+        collector.model_call(None, [0])
+        x = torch.ones(3, 16)
+        collector.add("b.ffn", x, x * (float("nan") if step == 2 else 1))
+    with pytest.raises(CalibQuantError, match=r"layer b\.ffn: NaN or Inf .* at step 2"):
+        collector.finish_run()
+    collector.start_run("cancelled")
+    collector.add("b.ffn", torch.ones(3, 16), torch.ones(3, 16))
+    collector.drop_run()
+    assert collector.result().layers == {} and collector.result().info["runs"] == []
+
+
+def cli(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quant_core.cli", "calibration", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=models.ROOT)
+
+
+def test_info_and_merge_on_the_command_line(tmp_path: Path) -> None:
+    files = []
+    for i, run in enumerate(RUNS):
+        files.append(tmp_path / f"{i}.safetensors")
+        calibration.save(collect([run]), files[-1])
+    merged = tmp_path / "both.safetensors"
+    assert cli("merge", *files, "-o", merged).returncode == 0
+    assert calibration.load(merged).layers["b.ffn"].count == 2 * 3 * 7
+    info = cli("info", merged)
+    assert info.returncode == 0 and "3 layers, 2 runs" in info.stdout and "b.ffn" in info.stdout
+    again = cli("merge", *files, "-o", merged)
+    assert (again.returncode, "--overwrite" in again.stderr) == (1, True)
+    assert cli("merge", *files).returncode == 2
+    assert cli("info", tmp_path / "none.safetensors").returncode == 1
