@@ -68,10 +68,18 @@ def _register(kind: str, folder: str) -> None:
     folder_paths.folder_names_and_paths[kind][1].add(".safetensors")
 
 
+def _names(kind: str) -> list[str]:
+    try:
+        return folder_paths.get_filename_list(kind)
+    except FileNotFoundError:  # a folder was deleted since ComfyUI listed it
+        folder_paths.filename_list_cache.pop(kind, None)
+        return folder_paths.get_filename_list(kind)
+
+
 def model_names() -> list[str]:
     """Every file that can be a source: diffusion models, then all-in-one checkpoints as ``checkpoints/NAME``."""
-    checkpoints = [CHECKPOINTS + name for name in folder_paths.get_filename_list("checkpoints")]
-    names = folder_paths.get_filename_list("diffusion_models") + checkpoints
+    checkpoints = [CHECKPOINTS + name for name in _names("checkpoints")]
+    names = _names("diffusion_models") + checkpoints
     return [name for name in names if name.endswith(".safetensors")]
 
 
@@ -104,7 +112,7 @@ def _stamp(path_of: Callable[[str], Path], name: str) -> str:
 
 
 def prompt_set_names() -> list[str]:
-    return folder_paths.get_filename_list(PROMPT_SETS)
+    return _names(PROMPT_SETS)
 
 
 def prompt_set_path(name: str) -> Path:
@@ -120,7 +128,7 @@ def saved_prompt_set_path(name: str) -> Path:
 
 
 def calibration_names() -> list[str]:
-    return folder_paths.get_filename_list(CALIBRATIONS)
+    return _names(CALIBRATIONS)
 
 
 def calibration_path(name: str) -> Path:

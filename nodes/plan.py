@@ -63,6 +63,13 @@ class CalibQuantPlan(io.ComfyNode):
                     tooltip="From Load Calibration or Calibrate, of the same model. FP8 and NVFP4 layers then get "
                     "activation scales, and FP8 runs as W8A8 instead of weight-only.",
                 ),
+                io.Boolean.Input(
+                    "input_scale",
+                    default=True,
+                    optional=True,
+                    tooltip="With a calibration: store the activation scales. Off leaves them to the loader, and FP8 "
+                    "runs weight-only.",
+                ),
             ],
             outputs=[comfyui.PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
@@ -78,13 +85,14 @@ class CalibQuantPlan(io.ComfyNode):
         strategy: dict[str, Any],
         probe: Probe | None = None,
         calibration: CalibrationHandle | None = None,
+        input_scale: bool = True,
     ) -> io.NodeOutput:
         with Source(comfyui.model_path(model_name)) as source:
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
             plan, warning = _plan(source, model_name, strategy, probe, seen)
-            plan = recipes.calibrated(source, plan, seen) if seen is not None else plan
+            plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             notes = [f"warning: {note}" for note in [*source.warnings(), warning] if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..quant_core import calibration
 from ..quant_core.architectures import Architecture
 from ..quant_core.calibration import Calibration, Collector
@@ -131,23 +129,17 @@ def _groups(architecture: Architecture) -> Callable[[str], str]:
 
 
 def summary(found: Calibration) -> str:
-    """Layers, rows, runs and how far the largest input channel stands out: a few lines for a node."""
+    """Layers, rows, runs and how far the loudest input channel stands out: a few lines for a node."""
     rows = [len(sample.rows) for sample in found.rows.values()]
     held = f"up to {max(rows)} rows of {len(rows)} inputs" if rows else "no rows"
     lines = [f"{len(found.layers)} layers · {held} · {counted(len(found.info.get('runs', [])), 'run')}"]
-    ratios = {name: outlier_ratio(stats.input_amax) for name, stats in found.layers.items()}
+    ratios = {name: calibration.outlier_ratio(stats) for name, stats in found.layers.items()}
     if ratios:
         worst = max(ratios, key=lambda name: ratios[name])
         middle = sorted(ratios.values())[len(ratios) // 2]
-        lines.append(f"largest/median channel: {ratios[worst]:.1f} in {worst}, {middle:.1f} in the median layer")
+        lines.append(f"loudest/median channel: {ratios[worst]:.1f} in {worst}, {middle:.1f} in the median layer")
     return "\n".join(lines)
 
 
 def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def outlier_ratio(amax: torch.Tensor) -> float:
-    """Largest over median amax of the channels that are not always zero; 1 if all are."""
-    used = amax[amax > 0]
-    return float(used.max() / used.median()) if len(used) else 1.0

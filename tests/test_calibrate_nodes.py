@@ -536,7 +536,7 @@ def test_save_waits_merges_and_loads(pack: dict[str, Any], model: Any, digits: l
     ksampler(watched, digits[1], seed=1)
     text = execute(save, calibration=handle, filename_prefix="part/m").ui.value
     assert text.splitlines()[0] == "m_00001_.calibration.safetensors"
-    assert f"{LAYERS} layers" in text and "32 rows" in text and "1 run" in text and "largest/median" in text
+    assert f"{LAYERS} layers" in text and "32 rows" in text and "1 run" in text and "loudest/median" in text
     first = str(Path("part") / "m_00001_.calibration.safetensors")
     loaded = execute(load, calibration_name=first).result[0].current()
     assert loaded.info == handle.current().info
