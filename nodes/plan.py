@@ -122,30 +122,21 @@ def _pattern_inputs() -> list[io.Combo.Input | io.String.Input]:
     ]
 
 
+def _ratio_input(largest: str) -> io.Float.Input:
+    tooltip = f"Share of the layers, those with the largest {largest} first, that stays 16-bit."
+    return io.Float.Input("ratio", default=0.25, min=0.0, max=1.0, step=0.05, tooltip=tooltip)
+
+
 def _ratio_inputs() -> list[io.Combo.Input | io.Float.Input]:
     return [
-        io.Float.Input(
-            "ratio",
-            default=0.25,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Share of the layers, those with the largest measured error in base first, that stays 16-bit.",
-        ),
+        _ratio_input("measured error in base"),
         io.Combo.Input("base", options=_TYPES, default="nvfp4", tooltip="Format of all other layers."),
     ]
 
 
 def _hswq_inputs() -> list[io.Float.Input | io.Combo.Input]:
     return [
-        io.Float.Input(
-            "ratio",
-            default=0.25,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Share of the layers, those with the largest output variance first, that stays 16-bit.",
-        ),
+        _ratio_input("output variance"),
         io.Combo.Input(
             "version",
             options=list(_HSWQ),

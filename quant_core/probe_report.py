@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 from . import scoring
 from .convert_to_quant import to_command
 from .errors import CalibQuantError
 from .probe import STATISTICS, LayerProbe, Probe, correlations
-from .scoring import KEEP, Scored, mean
+from .scoring import KEEP, Scored
 from .textfile import gigabytes
 
 COLUMNS = (
@@ -55,12 +56,12 @@ def _type_table(probed: Probe) -> str:
         head,
         "-" * len(head),
     ]
-    for name, layers in sorted(groups.items(), key=lambda g: -mean(x.errors["nvfp4"][0] for x in g[1])):
-        row = f"{name:<34}{len(layers):>4}{mean(x.kurtosis for x in layers):>10.2f}"
-        row += f"{mean(x.dynamic_range for x in layers):>8.3f}{mean(x.std for x in layers):>9.4f}"
-        row += f"{100 * mean(x.outlier_share for x in layers):>8.2f} %{mean(x.row_spread for x in layers):>12.2f}"
-        row += "".join(f"{1e4 * mean(x.errors[fmt][0] for x in layers):>10.2f}" for fmt in formats)
-        lines.append(row + f"{1e4 * mean(x.errors['nvfp4'][1] for x in layers):>10.2f}")
+    for name, layers in sorted(groups.items(), key=lambda g: -fmean(x.errors["nvfp4"][0] for x in g[1])):
+        row = f"{name:<34}{len(layers):>4}{fmean(x.kurtosis for x in layers):>10.2f}"
+        row += f"{fmean(x.dynamic_range for x in layers):>8.3f}{fmean(x.std for x in layers):>9.4f}"
+        row += f"{100 * fmean(x.outlier_share for x in layers):>8.2f} %{fmean(x.row_spread for x in layers):>12.2f}"
+        row += "".join(f"{1e4 * fmean(x.errors[fmt][0] for x in layers):>10.2f}" for fmt in formats)
+        lines.append(row + f"{1e4 * fmean(x.errors['nvfp4'][1] for x in layers):>10.2f}")
     return "\n".join(lines)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 
 import torch
 
@@ -67,7 +68,7 @@ class Report:
     def mean_error(self) -> float:
         """Mean relative weight error of the quantized layers, every layer counting the same."""
         errors = [layer.error for layer in self.layers if layer.format != SOURCE]
-        return sum(errors) / len(errors) if errors else 0.0
+        return fmean(errors) if errors else 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -91,9 +92,9 @@ class Report:
         if not measured:
             return []
         names = [n for n in ("nearest", "search", "gptq") if any(n in layer.output_errors for layer in measured)]
-        means = {n: _mean(x.output_errors[n] for x in measured if n in x.output_errors) for n in names}
+        means = {n: fmean(x.output_errors[n] for x in measured if n in x.output_errors) for n in names}
         parts = ", ".join(f"{name} {value:.2e}" for name, value in means.items())
-        loader = _mean(x.loader_error for x in measured if x.loader_error is not None)
+        loader = fmean(x.loader_error for x in measured if x.loader_error is not None)
         chosen = Counter(layer.rounding for layer in measured)
         used = ", ".join(f"{n} {name}" for name, n in chosen.items())
         return [
@@ -111,11 +112,6 @@ class Report:
         plain = means["plain_cast"] or 1.0
         parts = [f"{name.replace('_', ' ')} {m:.2e} ({100 * (m / plain - 1):+.1f} %)" for name, m in means.items()]
         return [f"HSWQ, importance-weighted error, mean of {len(measured)} layers: " + ", ".join(parts)]
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 class QuantizedFile:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -129,9 +130,7 @@ def decide(probed: Probe, options: ScoreOptions | None = None, compat: bool = Fa
     unknown = set(options.spread_filter_exempt) - {d.type for d in layers}
     if unknown:
         known = ", ".join(sorted({d.type for d in layers}))
-        raise OptionError(
-            f"--spread-filter-exempt {' '.join(sorted(unknown))}: no such layer type; there are {known}"
-        )
+        raise OptionError(f"--spread-filter-exempt {' '.join(sorted(unknown))}: no such layer type; there are {known}")
     scores = score([d.layer for d in layers], [d.type for d in layers], options, small_types=compat)
     fp8, keep = (float(np.quantile(scores, p / 100)) for p in (options.fp8_percentile, options.keep_percentile))
     decisions = []
@@ -230,7 +229,7 @@ def _rows(decisions: list[Decision], extreme_pct: float) -> list[Row]:
         position = "" if d.refiner else LOW if d.block < ends else HIGH if d.block >= total - ends else MIDDLE
         groups.setdefault((d.type, d.subgraph, position), []).append(d)
     return [
-        Row(*key, tuple(d.block for d in group), mean(d.score for d in group), max(d.layer.kurtosis for d in group))
+        Row(*key, tuple(d.block for d in group), fmean(d.score for d in group), max(d.layer.kurtosis for d in group))
         for key, group in groups.items()
     ]
 
@@ -288,11 +287,6 @@ def _row_decision(row: Row, group: str, own: str, flat: set[str], options: Score
     if own == group:
         return group, ""
     return group, "group_fp8_promotion" if (group, own) == (FP8, NVFP4) else "group_spread_demotion"
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
 
 
 # --- what comes of it ---------------------------------------------------------------------------------------------
