@@ -1,11 +1,11 @@
 """What each layer sees and does while a model really samples: collected, stored, merged.
 
-One safetensors file holds it. Per layer ``L`` (named without the checkpoint's prefix): ``L.input_absmean``,
-``L.input_sqmean``, ``L.input_amax`` (float32 [in]), ``L.output_mean``, ``L.output_sqmean`` (float64 scalars; HSWQ's
-output variance is sqmean - mean**2), ``L.output_channel_mean``, ``L.output_channel_sqmean`` (float32 [out]),
-``L.count`` (rows seen) and ``L.calls`` (int64). Layers that see one tensor share a uniform sample of its rows:
-``G.rows`` (bfloat16 [<= N, in]) and ``G.row_keys`` (float64), where G is the group's first layer; the header says
-which layer belongs to which G.
+One safetensors file holds it. Per layer ``L`` (named without the checkpoint's prefix): ``L.input_mean``,
+``L.input_absmean``, ``L.input_sqmean``, ``L.input_amax`` (float32 [in]), ``L.output_mean``, ``L.output_sqmean``
+(float64 scalars; HSWQ's output variance is sqmean - mean**2), ``L.output_channel_mean``,
+``L.output_channel_sqmean`` (float32 [out]), ``L.count`` (rows seen) and ``L.calls`` (int64). Layers that see one
+tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]) and ``G.row_keys`` (float64), where G is
+the group's first layer; the header says which layer belongs to which G.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from . import __version__
 from .checkpoint import Checkpoint, TensorSpec, Writer
 from .errors import CalibQuantError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no input_mean
 METADATA_KEY = "calibquant_calibration"
 ROWS = 2048  # of input per group
 CACHED = 1 << 16  # elements that a CPU sums at once: they stay in its cache (norms take 3 to 10 times as long there)
@@ -41,6 +41,7 @@ class LayerStats:
     group: str
     count: int
     calls: int
+    input_mean: torch.Tensor
     input_absmean: torch.Tensor
     input_sqmean: torch.Tensor
     input_amax: torch.Tensor
@@ -53,6 +54,9 @@ class LayerStats:
     def output_variance(self) -> float:
         """HSWQ's sensitivity: mean over calls of mean(Y^2), minus the squared mean over calls of mean(Y)."""
         return self.output_sqmean - self.output_mean**2
+
+
+_VECTORS = tuple(f.name for f in fields(LayerStats) if f.type == "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ class _Sums:
 
     count: int
     calls: int
+    total: torch.Tensor
     absolute: torch.Tensor
     square: torch.Tensor
     amax: torch.Tensor
@@ -197,13 +202,15 @@ class _Sums:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         amax = zero(width, dtype=torch.float32)
-        return cls(0, 0, zero(width), zero(width), amax, zero(out), zero(out), zero(), zero(), zero(dtype=torch.int64))
+        inputs, outputs = (zero(width) for _ in range(3)), (zero(out) for _ in range(2))
+        return cls(0, 0, *inputs, amax, *outputs, zero(), zero(), zero(dtype=torch.int64))
 
     def add(self, x: torch.Tensor, y: torch.Tensor, step: int) -> None:
-        absolute, square, amax = _input_sums(x)
+        total, absolute, square, amax = _input_sums(x)
         output, output_square = _output_sums(y)
         self.count += x.shape[0]
         self.calls += 1
+        self.total += total
         self.absolute += absolute
         self.square += square
         self.amax = torch.maximum(self.amax, amax)
@@ -227,6 +234,7 @@ class _Sums:
             group,
             self.count,
             self.calls,
+            (self.total / self.count).float(),
             (self.absolute / self.count).float(),
             (self.square / self.count).float(),
             self.amax.float(),
@@ -237,17 +245,19 @@ class _Sums:
         )
 
 
-def _input_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum |x|, sum x^2 and max |x| over the rows of x [n, width]: float32 [width] each."""
-    if x.device.type != "cpu":  # norms reduce in float32 without a float32 copy of the activation
-        return _norm(x, 1), _norm(x, 2).square_(), _norm(x, float("inf"))
-    one, two, most = torch.zeros(3, x.shape[1]).unbind()
+def _input_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum x, sum |x|, sum x^2 and max |x| over the rows of x [n, width]: float32 [width] each."""
+    if x.device.type != "cpu":  # these reduce in float32 without a float32 copy of the activation
+        return x.sum(0, dtype=torch.float32), _norm(x, 1), _norm(x, 2).square_(), _norm(x, float("inf"))
+    total, one, two, most = torch.zeros(4, x.shape[1]).unbind()
     for piece in x.split(max(1, CACHED // x.shape[1])):
-        absolute = piece.float().abs()
+        wide = piece.float()
+        total += wide.sum(0)
+        absolute = wide.abs()
         one += absolute.sum(0)
         most = torch.maximum(most, absolute.amax(0))
         two += absolute.square_().sum(0)
-    return one, two, most
+    return total, one, two, most
 
 
 def _output_sums(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -356,8 +366,7 @@ def _merge_stats(a: LayerStats | None, b: LayerStats | None) -> LayerStats:
             return ((x.double() * weight_a + y.double() * weight_b) / (weight_a + weight_b)).float()
         return (x * weight_a + y * weight_b) / (weight_a + weight_b)
 
-    per_row = ("input_absmean", "input_sqmean", "output_channel_mean", "output_channel_sqmean")
-    means = {name: by(a.count, b.count, name) for name in per_row}
+    means = {name: by(a.count, b.count, name) for name in _VECTORS if name != "input_amax"}
     means |= {name: by(a.calls, b.calls, name) for name in ("output_mean", "output_sqmean")}
     return LayerStats(
         group=a.group, count=count, calls=calls, input_amax=torch.maximum(a.input_amax, b.input_amax), **means
@@ -375,7 +384,6 @@ def _merge_rows(a: Calibration, b: Calibration, name: str, capacity: int) -> Row
     return Rows(torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)], keys[order])
 
 
-_VECTORS = ("input_absmean", "input_sqmean", "input_amax", "output_channel_mean", "output_channel_sqmean")
 
 
 def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -22,6 +22,7 @@ from .textfile import gigabytes
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .plan import Plan
+    from .quality import Report
     from .scoring import ScoreOptions
     from .source import Source
 
@@ -126,6 +127,8 @@ def _quantize_options(c: argparse.ArgumentParser) -> None:
 def _compare_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("source", type=Path)
     c.add_argument("quant", type=Path)
+    c.add_argument("--calibration", type=Path, metavar="C", help="also measure outputs, on the rows sampled in C")
+    c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
     c.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
 
@@ -147,6 +150,7 @@ def _decision_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--calibration", type=Path, metavar="C", help="a *.calibration.safetensors of this model")
     c.add_argument("--no-input-scale", action="store_true", help="leave activation scales to the loader")
     c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
+    c.add_argument("--pre-quant-scale", action="store_true", help=SMOOTHING_HELP)
     c.add_argument("--percentiles", nargs=2, type=_number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=_number, metavar="R", help="share of layers, worst first, kept in 16 bit")
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
@@ -196,7 +200,20 @@ def _make_plan(source: Source, args: argparse.Namespace) -> Plan:
 
     calibration = _calibration(source, args)
     plan = _uncalibrated_plan(source, args, calibration)
-    return plan if calibration is None or args.no_input_scale else recipes.calibrated(source, plan, calibration)
+    if calibration is not None and not args.no_input_scale:
+        plan = recipes.calibrated(source, plan, calibration)
+    return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
+
+
+def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Plan:
+    from . import recipes, smoothing
+
+    if calibration is None:
+        raise OptionError("--pre-quant-scale needs --calibration C")
+    warning = smoothing.refuse_old_core()
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return recipes.smoothed(source, plan, calibration)
 
 
 def _calibration(source: Source, args: argparse.Namespace) -> Calibration | None:
@@ -358,14 +375,24 @@ def _compare(args: argparse.Namespace) -> None:
     from .source import Source
 
     with Source(args.source) as source, Bar("compare") as bar:
-        report = quality.compare(source, args.quant, progress=bar)
+        report = quality.compare(source, args.quant, progress=bar, calibration=_calibration(source, args))
     if args.json:
         print(report.to_json(), end="")
         return
-    print(f"{'relative weight error':>22}  {'format':<12} {'bytes':>12}  layer")
+    print(_comparison(report))
+
+
+def _comparison(report: Report) -> str:
+    """A line per layer: relative errors of weights, and of outputs where they were measured."""
+    measured = any(layer.output_errors for layer in report.layers)
+    head = ["weights"] + ["outputs", "as loaded"] * measured
+    lines = ["relative error per layer, worst first, of" + " (on the calibration's rows)" * measured]
+    lines.append("".join(f"{name:>11}" for name in head) + f"  {'format':<16}{'bytes':>12}  layer")
     for layer in report.layers:
-        print(f"{layer.error:>22.3e}  {layer.format:<12} {layer.nbytes:>12}  {layer.name}")
-    print(report.summary())
+        errors = [layer.error] + [layer.output_errors.get("file"), layer.loader_error] * measured
+        cells = "".join(f"{'-' if error is None else f'{error:.3e}':>11}" for error in errors)
+        lines.append(f"{cells}  {layer.format:<16}{layer.nbytes:>12}  {layer.name}")
+    return "\n".join([*lines, report.summary()])
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -434,6 +461,7 @@ def _calibration_options(c: argparse.ArgumentParser) -> None:
 
 
 HSWQ = ("hswq", "hswq-v1")
+SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer than 0.29, which would ignore it"
 ROUNDING_HELP = "auto (default): gptq with a calibration; else searched scales for NVFP4, nearest for the rest"
 Command = tuple[Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]
 COMMANDS: dict[str, Command] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, smoothing
 from .checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE
@@ -33,6 +33,8 @@ def layer_specs(source: Source, layer: str, entry: LayerPlan) -> list[TensorSpec
         return [TensorSpec(f"{layer}.weight", source.kept_dtype(layer), source.shape(layer))]
     layout = FORMATS[entry.format].layout(source.shape(layer))
     specs = [TensorSpec(f"{layer}.{suffix}", dtype, shape) for suffix, (dtype, shape) in layout.items()]
+    if entry.pre_quant_scale:
+        specs.append(TensorSpec(f"{layer}.{smoothing.KEY}", torch.bfloat16, source.shape(layer)[1:]))
     if entry.input_scale is not None:
         specs.append(TensorSpec(f"{layer}.input_scale", torch.float32, ()))
     config = layer_config(entry)
@@ -109,3 +111,8 @@ def check(source: Source, plan: Plan) -> None:
             obstacle = source.layers[layer].detects_shape
         if obstacle:
             raise CalibQuantError(f"{source.path}: layer {layer} cannot be {entry.format}: {obstacle}: change the plan")
+        if entry.pre_quant_scale and entry.format not in smoothing.FORMATS:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer}: {smoothing.KEY} exists for {', '.join(smoothing.FORMATS)} only, not "
+                f"for {entry.format}: change the plan"
+            )

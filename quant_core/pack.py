@@ -6,7 +6,7 @@ knows what to ask of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -111,11 +111,10 @@ def _tensor_scale(
 
 
 def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
-    """Error feedback over the columns (``gptq.quantize``). weight: [out, in] whose columns divide by the group."""
+    """Error feedback over the columns (``gptq.quantize``), with ``inputs`` on ``device``. weight: [out, in]."""
     flat = weight.to(device, torch.float32)
     amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
-    upper = replace(inputs, upper=inputs.upper.to(device))
-    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax), upper)
+    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax), inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
 

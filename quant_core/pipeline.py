@@ -83,10 +83,13 @@ def _write_tensors(
     source: Source, plan: Plan, writer: Writer, rounder: Rounder, merge: Merge, progress: Progress | None
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
+    written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
     reports = []
     for i, key in enumerate(keys):
         if progress:
             progress(i, len(keys), key)
+        if key in written:  # with its layer
+            continue
         layer = key.removesuffix(".weight")
         entry = plan.layers.get(layer) if key.endswith(".weight") else None
         if entry and entry.format != SOURCE:
@@ -113,15 +116,19 @@ def _write_layer(
     source: Source, layer: str, entry: LayerPlan, writer: Writer, rounder: Rounder, merge: Merge
 ) -> LayerReport:
     weight = _merged(source.load(layer), f"{layer}.weight", merge)
-    done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}")
+    bias = _bias(source, layer, merge)
+    done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}", bias)
     packed, tensors = done.packed, {**done.packed.tensors}
     if entry.input_scale is not None:
         tensors["input_scale"] = torch.tensor(entry.input_scale, dtype=torch.float32)
+    tensors |= done.extra
     config = layer_config(entry)
     if config is not None:
         tensors["comfy_quant"] = encode_config(config)
     for suffix, tensor in tensors.items():
         writer.write(f"{layer}.{suffix}", tensor)
+    if bias is not None:
+        writer.write(_bias_key(layer), bias if done.bias is None else done.bias)
     nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
     error = packed.error / packed.energy if packed.energy else packed.error
     return LayerReport(
@@ -136,7 +143,21 @@ def _write_layer(
         done.note,
         done.output_errors,
         done.loader_error,
+        0.0 if done.bias is None or bias is None else (done.bias.float() - bias.float()).norm().item(),
     )
+
+
+def _bias_key(layer: str) -> str:
+    return f"{layer}.bias"
+
+
+def _bias(source: Source, layer: str, merge: Merge) -> torch.Tensor | None:
+    """The layer's bias [out] with its patches, in the dtype it is kept in; None where there is none."""
+    key = _bias_key(layer)
+    if key not in source.checkpoint.entries:
+        return None
+    bias = source.checkpoint.read(key)
+    return _merged(bias, key, merge).to(bias.dtype)
 
 
 def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:

@@ -25,6 +25,7 @@ class LayerPlan:
     full_precision: bool = False  # W4A16 / W8A16: the loader dequantizes instead of quantizing activations
     input_scale: float | None = None  # of activations, from a calibration's amax; None: the loader's own rule
     rounding: str = ""  # the job's choice; "hswq": the scale that HSWQ's weighted search finds
+    pre_quant_scale: bool = False  # NVFP4 inputs are smoothed (smoothing.py); stock ComfyUI 0.29 cannot read it
 
 
 @dataclass(frozen=True)
@@ -98,4 +99,5 @@ def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
         bool(entry.get("full_precision", False)),
         None if scale is None else float(scale),
         rounding,
+        bool(entry.get("pre_quant_scale", False)),
     )

@@ -6,19 +6,23 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 
 import torch
 
+from . import smoothing
 from .architectures import split_prefix
+from .calibration import Calibration
 from .checkpoint import Checkpoint
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE, title
-from .markers import FP8, declared_formats, read_config
+from .markers import FP8, declared_formats, header_layers, read_config
 from .modelfile import NATIVE
 from .pack import squared_distance, squared_norm
+from .plan import LayerPlan
 from .progress import Progress
+from .rounding import Judge, as_loaded
 from .source import Source, apply_scale
 from .textfile import gigabytes
 
@@ -39,8 +43,9 @@ class LayerReport:
     gains: dict[str, float] | None = None  # importance-weighted relative error by ingredient (hswq.Gains)
     rounding: str = ""
     note: str = ""  # why not a better rounding
-    output_errors: dict[str, float] = field(default_factory=dict)  # by rounding, weights only, on sampled inputs
+    output_errors: dict[str, float] = field(default_factory=dict)  # by ingredient, weights only, on sampled inputs
     loader_error: float | None = None  # of outputs with the inputs quantized as the loader will
+    bias_change: float = 0.0  # norm of what was added to the bias
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,23 @@ class Report:
         measured = [layer for layer in self.layers if layer.output_errors]
         if not measured:
             return []
-        names = [n for n in ("nearest", "search", "gptq") if any(n in layer.output_errors for layer in measured)]
-        means = {n: fmean(x.output_errors[n] for x in measured if n in x.output_errors) for n in names}
-        parts = ", ".join(f"{name} {value:.2e}" for name, value in means.items())
-        loader = fmean(x.loader_error for x in measured if x.loader_error is not None)
-        chosen = Counter(layer.rounding for layer in measured)
-        used = ", ".join(f"{n} {name}" for name, n in chosen.items())
-        return [
-            f"output error on sampled inputs, mean of {len(measured)} layers, weights only: {parts}; "
-            f"as the loader runs it {loader:.2e}",
-            f"rounding: {used}",
-        ]
+        parts = [f"{name} {fmean(errors):.2e}" for name, errors in self._by_ingredient(measured).items()]
+        loader = [layer.loader_error for layer in measured if layer.loader_error is not None]
+        parts += [f"as the loader runs it {fmean(loader):.2e}"] if loader else []
+        used = Counter(layer.rounding for layer in measured if layer.rounding)
+        lines = [f"output error on sampled inputs, mean of {len(measured)} layers, weights only: {', '.join(parts)}"]
+        return lines + ([f"rounding: {', '.join(f'{n} {name}' for name, n in used.items())}"] if used else [])
+
+    @staticmethod
+    def _by_ingredient(measured: list[LayerReport]) -> dict[str, list[float]]:
+        """Output errors by ingredient, in the order in which they build on each other, and of what was chosen."""
+        found: dict[str, list[float]] = {}
+        for layer in measured:
+            for name, error in layer.output_errors.items():
+                found.setdefault(name, []).append(error)
+        if any(layer.rounding for layer in measured):
+            found["chosen"] = [layer.output_errors[layer.rounding] for layer in measured]
+        return found
 
     def _gains(self) -> list[str]:
         """What each of HSWQ's ingredients gave, averaged over the layers it was used on."""
@@ -135,21 +146,42 @@ class QuantizedFile:
 
     def nbytes(self, layer: str) -> int:
         """Bytes of the layer's weight and of everything that belongs to its quantization."""
-        names = ("weight", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant")
+        names = ("weight", "weight_scale", "weight_scale_2", "input_scale", smoothing.KEY, "comfy_quant")
         entries = self.checkpoint.entries
         return sum(entries[f"{layer}.{n}"].nbytes for n in names if f"{layer}.{n}" in entries)
 
     def rows(self, layer: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """float32 parts of ``[out, ...]``, at most ``ROWS`` rows each."""
+        """float32 parts of the ``[out, ...]`` that acts on unscaled inputs, at most ``ROWS`` rows each."""
         fmt = self.format(layer)
         decode = FORMATS[fmt].decode if fmt in FORMATS else None
         tensors = self._tensors(layer, fmt)
         if decode and len(shape) == 2 and "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
             tensors["weight_scale"] = tensors["weight_scale"].reshape(())
+        smooth = self.smoothing(layer)
         for start in range(0, shape[0], ROWS):
             part = {n: t[start : start + ROWS] if t.dim() > 1 else t for n, t in tensors.items()}
             size = (min(ROWS, shape[0] - start), *shape[1:])
-            yield decode(part, size) if decode else part["weight"].float()
+            weight = decode(part, size) if decode else part["weight"].float()
+            yield weight if smooth is None else weight * smooth
+
+    def bias(self, layer: str) -> torch.Tensor | None:
+        """float32 [out], None where there is none."""
+        return self._optional(f"{layer}.bias")
+
+    def runs_as(self, layer: str) -> LayerPlan:
+        """What the loader will do with the layer's inputs, as a plan's entry."""
+        inline = f"{layer}.comfy_quant" in self.checkpoint.entries and read_config(self.checkpoint, layer)
+        config = inline or header_layers(self.checkpoint).get(layer) or {}
+        scale = self._optional(f"{layer}.input_scale")
+        full_precision = bool(config.get("full_precision_matrix_mult"))
+        return LayerPlan(self.format(layer), "", full_precision, None if scale is None else float(scale))
+
+    def smoothing(self, layer: str) -> torch.Tensor | None:
+        """``pre_quant_scale`` as float32 [in], None where there is none."""
+        return self._optional(f"{layer}.{smoothing.KEY}")
+
+    def _optional(self, key: str) -> torch.Tensor | None:
+        return self.checkpoint.read(key).float() if key in self.checkpoint.entries else None
 
     def _tensors(self, layer: str, fmt: str) -> dict[str, torch.Tensor]:
         path, read = self.checkpoint.path, self.checkpoint.read
@@ -201,6 +233,7 @@ def verify(
             found = layer_error(weight, quantized, layer.name)
             if quantized.format(layer.name) != layer.format and layer.format != SOURCE:
                 raise CalibQuantError(f"{report.output}: layer {layer.name} is not {layer.format} as reported")
+            _verify_bias(source, report, layer, quantized, merge or {})
             if not abs(found - layer.error) <= TOLERANCE * layer.error:  # written so that NaN and Inf are caught
                 raise CalibQuantError(
                     f"{report.output}: layer {layer.name} has relative error {found:.4e}, reported was "
@@ -208,22 +241,86 @@ def verify(
                 )
 
 
-def compare(source: Source, path: str | os.PathLike[str], progress: Progress | None = None) -> Report:
-    """Per-layer weight error of a finished file against its source, worst first."""
+def _verify_bias(
+    source: Source,
+    report: Report,
+    layer: LayerReport,
+    quantized: QuantizedFile,
+    merge: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+) -> None:
+    key = f"{layer.name}.bias"
+    if key not in source.checkpoint.entries:
+        return
+    before, after = source.checkpoint.read(key), quantized.checkpoint.read(key)
+    if key in merge:
+        before = merge[key](before.float()).to(before.dtype)
+    change = (after.float() - before.float()).norm().item()
+    if not abs(change - layer.bias_change) <= TOLERANCE * layer.bias_change:
+        raise CalibQuantError(
+            f"{report.output}: the bias of layer {layer.name} differs by {change:.4e} from the source's, reported was "
+            f"{layer.bias_change:.4e}: do not use this file, and report a bug"
+        )
+
+
+def compare(
+    source: Source,
+    path: str | os.PathLike[str],
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+) -> Report:
+    """Per-layer error of a finished file, ours or a peer's, against its source, worst first.
+
+    With a calibration also the error of outputs on its sampled rows: of the weights (and the bias) alone under
+    ``output_errors["file"]``, and as the loader runs the layer. A calibration of other seeds and prompts than those
+    the file was made with makes it a held-out measurement. The worst is then the worst output.
+    """
     layers = []
     with QuantizedFile(path) as quantized:
         pairs = _pairs(source, quantized)
         for i, (name, other) in enumerate(pairs):
             if progress:
                 progress(i, len(pairs), f"compare {name}")
-            error = layer_error(source.load(name), quantized, other)
-            layers.append(
-                LayerReport(name, quantized.format(other), error, source.shape(name), quantized.nbytes(other))
+            weight = source.load(name)
+            report = LayerReport(
+                name,
+                quantized.format(other),
+                layer_error(weight, quantized, other),
+                source.shape(name),
+                quantized.nbytes(other),
             )
+            seen = calibration.layers.get(name.removeprefix(source.prefix)) if calibration else None
+            if calibration and seen and seen.group in calibration.rows and report.format != SOURCE:
+                rows = calibration.rows[seen.group].rows
+                report = _with_output_errors(report, source, weight, rows, quantized, other)
+            layers.append(report)
         after = quantized.checkpoint.nbytes()
-    layers.sort(key=lambda layer: -layer.error)
+    layers.sort(key=lambda layer: -layer.output_errors.get("file", 0.0 if calibration else layer.error))
     before = source.checkpoint.nbytes()
     return Report(str(source.path), str(path), source.architecture.name, "", before, after, layers=layers)
+
+
+def _with_output_errors(
+    report: LayerReport,
+    source: Source,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    quantized: QuantizedFile,
+    layer: str,
+) -> LayerReport:
+    """The report with what the layer's outputs lose on ``rows`` [n, in]."""
+    judge = Judge(weight, rows, limit=len(rows))
+    decoded = torch.cat(list(quantized.rows(layer, tuple(weight.shape))))
+    shift, key = quantized.bias(layer), f"{report.name}.bias"
+    if shift is not None and key in source.checkpoint.entries:
+        shift = shift - source.checkpoint.read(key).float()
+    smooth = quantized.smoothing(layer)
+    fed = judge.rows if smooth is None else judge.rows * smooth
+    fmt, entry = FORMATS.get(report.format), quantized.runs_as(layer)
+    loader = None
+    if fmt is not None:  # else a format of a peer's whose activations we cannot imitate
+        fed = as_loaded(fmt, fed, entry)
+        loader = judge.error(decoded, shift, fed if smooth is None else fed / smooth)
+    return replace(report, output_errors={"file": judge.error(decoded, shift)}, loader_error=loader)
 
 
 def _pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str]]:

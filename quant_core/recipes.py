@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import convert_to_quant, scoring
+from . import convert_to_quant, scoring, smoothing
 from .architectures import LayerInfo
 from .calibration import Calibration
 from .errors import CalibQuantError, OptionError
@@ -210,6 +210,16 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
             scale = amax / ACTIVATION_MAX[entry.format]
             layers[name] = replace(entry, reason=reason, full_precision=False, input_scale=scale)
     return sized(source, replace(plan, layers=layers, calibration=summary(calibration)))
+
+
+def smoothed(source: Source, plan: Plan, calibration: Calibration) -> Plan:
+    """The plan with ``pre_quant_scale`` for every calibrated NVFP4 layer whose activations become FP4."""
+    layers = dict(plan.layers)
+    for name, entry in plan.layers.items():
+        seen = name.removeprefix(source.prefix) in calibration.layers
+        if entry.format in smoothing.FORMATS and seen and not entry.full_precision:
+            layers[name] = replace(entry, pre_quant_scale=True)
+    return sized(source, replace(plan, layers=layers))
 
 
 def summary(calibration: Calibration) -> dict[str, Any]:

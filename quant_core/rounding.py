@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from . import gptq, hswq
+from . import gptq, hswq, smoothing
 from .calibration import Calibration, LayerStats
 from .errors import CalibQuantError
-from .formats import FORMATS, Format
-from .pack import Packed, by_gptq, nearest, searched
+from .formats import FORMATS, FileTensors, Format
+from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, squared_distance, squared_norm
 from .plan import LayerPlan
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
 JUDGED_ROWS = 512  # of the sampled inputs on which output errors are measured
-FACTOR_BYTES = 512 << 20  # of Cholesky factors kept for layers that share an input
+FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that share an input
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
 SEARCH_PAYS = ("nvfp4",)
+WITH_BIAS = "+bias"  # after a rounding's name: the bias takes up the mean error
 
 
 @dataclass(frozen=True)
 class Rounded:
     """A packed layer, how it was rounded, why not otherwise, and the errors measured on the way.
 
-    output_errors: rounding -> ||X (W - Q)^T||^2 / ||X W^T||^2 on sampled inputs (weights only).
+    bias: the corrected bias in its own dtype, None where it stays. extra: further tensors of the layer in the file.
+    output_errors: ingredient -> ||X (W - Q)^T - (b' - b)||^2 / ||X W^T||^2 on sampled inputs (weights only).
     loader_error: the same with the inputs quantized as the loader will; gains: hswq.Gains as a dict.
     """
 
@@ -37,6 +39,26 @@ class Rounded:
     output_errors: dict[str, float] = field(default_factory=dict)
     loader_error: float | None = None
     gains: dict[str, float] | None = None
+    bias: torch.Tensor | None = None
+    extra: FileTensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is known of a layer's inputs: sampled rows [n, in] (any float dtype), and the calibration's statistics."""
+
+    rows: torch.Tensor
+    stats: LayerStats
+
+    def scaled(self, factor: torch.Tensor) -> _Inputs:
+        """The inputs times ``factor`` [in]."""
+        stats = replace(
+            self.stats,
+            input_mean=self.stats.input_mean * factor,
+            input_sqmean=self.stats.input_sqmean * factor.square(),
+            input_amax=self.stats.input_amax * factor,
+        )
+        return _Inputs(self.rows.float() * factor, stats)
 
 
 class Rounder:
@@ -48,19 +70,27 @@ class Rounder:
         if rounding == "gptq" and calibration is None:
             raise CalibQuantError("--rounding gptq needs --calibration C: use search or nearest without one")
         self._device, self._calibration, self._rounding, self._prefix = device, calibration, rounding, prefix
-        self._factors: OrderedDict[str, gptq.Factor | str] = OrderedDict()
+        self._factors: OrderedDict[tuple[str, bool], gptq.Factor | str] = OrderedDict()
 
-    def round(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str) -> Rounded:
-        """Round ``[out, in]`` as the plan's entry and the job want it; CalibQuantError names ``where``."""
+    def round(
+        self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
+    ) -> Rounded:
+        """Round ``[out, in]`` as the plan's entry and the job want it; CalibQuantError names ``where``.
+
+        bias: float [out] of the layer, which may be corrected when the inputs are known.
+        """
         fmt = FORMATS[entry.format]
         seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
         if entry.rounding == "hswq":
             return self._hswq(weight, fmt, where, seen)
+        if entry.pre_quant_scale:
+            return self._smoothed(entry, weight, fmt, where, seen, bias)
         if weight.dim() != 2 or self._rounding == "nearest":
             return Rounded(nearest(weight, fmt, self._device, where), "nearest")
         if seen is None:
             return self._without_inputs(weight, fmt, where)
-        return self._with_inputs(entry, weight, fmt, where, seen)
+        factor = self._factor(seen, bias is not None) if self._rounding in (AUTO, "gptq") else ""
+        return self._with_inputs(entry, weight, fmt, where, _Inputs(self._rows(seen.group), seen), factor, bias)
 
     def _without_inputs(self, weight: torch.Tensor, fmt: Format, where: str) -> Rounded:
         note = "" if self._calibration is None else "not in the calibration"
@@ -69,24 +99,77 @@ class Rounder:
         return Rounded(searched(weight, fmt, self._device, where), "search", note)
 
     def _with_inputs(
-        self, entry: LayerPlan, weight: torch.Tensor, fmt: Format, where: str, seen: LayerStats
+        self,
+        entry: LayerPlan,
+        weight: torch.Tensor,
+        fmt: Format,
+        where: str,
+        inputs: _Inputs,
+        factor: gptq.Factor | str,
+        bias: torch.Tensor | None,
     ) -> Rounded:
-        candidates = {"nearest": nearest(weight, fmt, self._device, where)}
-        candidates["search"] = searched(weight, fmt, self._device, where, seen.input_sqmean)
-        note = ""
-        if self._rounding in (AUTO, "gptq"):
-            inputs = self._factor(seen.group)
-            if isinstance(inputs, str):
-                note = inputs
-            else:
-                candidates["gptq"] = by_gptq(weight, fmt, self._device, where, inputs)
-        judge = Judge(weight, self._rows(seen.group))
-        errors = {name: judge.error(fmt, packed) for name, packed in candidates.items()}
+        """The best of all ways that were asked for and are possible. factor: for GPTQ, or why not ("": not asked)."""
+        packed = {"nearest": nearest(weight, fmt, self._device, where)}
+        if self._rounding != "nearest":
+            packed["search"] = searched(weight, fmt, self._device, where, inputs.stats.input_sqmean)
+        if isinstance(factor, gptq.Factor):
+            packed["gptq"] = by_gptq(weight, fmt, self._device, where, factor)
+        judge = Judge(weight, inputs.rows)
+        biases: dict[str, torch.Tensor] = {}
+        errors: dict[str, float] = {}
+        for name, candidate in packed.items():
+            decoded = fmt.decode(candidate.tensors, tuple(weight.shape))
+            errors[name] = judge.error(decoded)
+            if bias is not None and name != "nearest" and judge.measures_outputs:
+                corrected = (bias.float() + (weight.float().cpu() - decoded) @ inputs.stats.input_mean).to(bias.dtype)
+                biases[name + WITH_BIAS] = corrected
+                errors[name + WITH_BIAS] = judge.error(decoded, corrected.float() - bias.float())
         best = min(reversed(errors), key=lambda name: errors[name])  # of equals the more elaborate
-        if best != list(candidates)[-1]:
-            note = f"{list(candidates)[-1]} was no better than {best} on the sampled inputs"
-        loader = judge.error(fmt, candidates[best], entry)
-        return Rounded(candidates[best], best, note, errors, loader)
+        chosen = best.removesuffix(WITH_BIAS)
+        last, note = list(packed)[-1], factor if isinstance(factor, str) else ""
+        if chosen != last:
+            note = f"{last} was no better than {best} on the sampled inputs"
+        decoded = fmt.decode(packed[chosen].tensors, tuple(weight.shape))
+        shift = biases[best].float() - bias.float() if best in biases and bias is not None else None
+        loader = judge.error(decoded, shift, as_loaded(fmt, judge.rows, entry))
+        return Rounded(packed[chosen], best, note, errors, loader, bias=biases.get(best))
+
+    def _smoothed(
+        self,
+        entry: LayerPlan,
+        weight: torch.Tensor,
+        fmt: Format,
+        where: str,
+        seen: LayerStats | None,
+        bias: torch.Tensor | None,
+    ) -> Rounded:
+        """With ``pre_quant_scale``, of the alpha whose searched rounding has the least error as the loader runs it."""
+        if seen is None or not len(self._rows(seen.group)):
+            raise CalibQuantError(f"{where}: {smoothing.KEY} needs a calibration with rows of this layer: give one")
+        refuse_damaged(weight, where)
+        plain, tried = _Inputs(self._rows(seen.group), seen), {}
+        for alpha in smoothing.ALPHAS:
+            scale = smoothing.pre_quant_scale(weight, seen.input_absmean, alpha)
+            stretched, inputs = weight.float() / scale.float(), plain.scaled(scale.float())
+            fed = _rescaled(entry, seen, inputs.stats)
+            packed = searched(stretched, fmt, self._device, where, inputs.stats.input_sqmean)
+            judge = Judge(stretched, inputs.rows)
+            decoded = fmt.decode(packed.tensors, tuple(weight.shape))
+            tried[alpha] = judge.error(decoded, rows=as_loaded(fmt, judge.rows, fed)), scale, stretched, inputs, fed
+        alpha = min(tried, key=lambda a: tried[a][0])
+        _, scale, stretched, inputs, fed = tried[alpha]
+        factor: gptq.Factor | str = ""
+        if self._rounding in (AUTO, "gptq"):
+            mean = None if bias is None else inputs.stats.input_mean.to(self._device)
+            factor = gptq.factor(inputs.rows.to(self._device), mean)
+        done = self._with_inputs(fed, stretched, fmt, where, inputs, factor, bias)
+        decoded = fmt.decode(done.packed.tensors, tuple(weight.shape)) * scale.float()
+        packed = Packed(done.packed.tensors, squared_distance(weight.float(), decoded), squared_norm(weight.float()))
+        extra = {smoothing.KEY: scale}
+        if fed.input_scale is not None:
+            extra["input_scale"] = torch.tensor(fed.input_scale)
+        note = "; ".join(filter(None, [f"inputs smoothed with alpha {alpha:g}", done.note]))
+        return replace(done, packed=packed, note=note, extra=extra)
 
     def _hswq(self, weight: torch.Tensor, fmt: Format, where: str, seen: LayerStats | None) -> Rounded:
         if seen is None:
@@ -104,40 +187,53 @@ class Rounder:
         sample = self._calibration.rows.get(group) if self._calibration else None
         return torch.empty(0, 0) if sample is None else sample.rows
 
-    def _factor(self, group: str) -> gptq.Factor | str:
+    def _factor(self, seen: LayerStats, centered: bool) -> gptq.Factor | str:
         """The factor of a group's inputs; the most recent ones are kept, bounded in bytes."""
-        if group not in self._factors:
-            rows = self._rows(group).to(self._device)
-            self._factors[group] = gptq.factor(rows) if len(rows) else "no input rows were sampled"
+        key = seen.group, centered
+        if key not in self._factors:
+            rows = self._rows(seen.group).to(self._device)
+            mean = seen.input_mean.to(self._device) if centered else None
+            self._factors[key] = gptq.factor(rows, mean) if len(rows) else "no input rows were sampled"
             while len(self._factors) > 1 and sum(map(_nbytes, self._factors.values())) > FACTOR_BYTES:
                 self._factors.popitem(last=False)
-        self._factors.move_to_end(group)
-        return self._factors[group]
+        self._factors.move_to_end(key)
+        return self._factors[key]
 
 
 def _nbytes(kept: gptq.Factor | str) -> int:
-    return 0 if isinstance(kept, str) else kept.upper.nbytes
+    return 0 if isinstance(kept, str) else kept.nbytes
+
+
+def _rescaled(entry: LayerPlan, before: LayerStats, after: LayerStats) -> LayerPlan:
+    """The entry whose activation scale follows the largest input."""
+    if entry.input_scale is None:
+        return entry
+    return replace(entry, input_scale=entry.input_scale * float(after.input_amax.max() / before.input_amax.max()))
 
 
 class Judge:
     """Output error of a rounded weight on sampled inputs, ||X (W - Q)^T||^2 / ||X W^T||^2."""
 
-    def __init__(self, weight: torch.Tensor, rows: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, rows: torch.Tensor, limit: int = JUDGED_ROWS) -> None:
         self._weight = weight.float().cpu()
-        self._rows = rows[:JUDGED_ROWS].float()
-        self._wanted = self._rows @ self._weight.T if len(rows) else None
+        self.rows = rows[:limit].float()
+        self.measures_outputs = len(rows) > 0
+        self._wanted = self.rows @ self._weight.T if self.measures_outputs else self._weight
+        self._energy = self._wanted.square().sum().item()
 
-    def error(self, fmt: Format, packed: Packed, entry: LayerPlan | None = None) -> float:
-        """With ``entry`` the inputs are quantized as the loader will; without, they are exact.
+    def error(
+        self, decoded: torch.Tensor, shift: torch.Tensor | None = None, rows: torch.Tensor | None = None
+    ) -> float:
+        """Of ``decoded`` [out, in]; shift: what the bias [out] was changed by; rows: the inputs as a loader feeds them.
 
         Without sampled inputs: the relative error of the weights.
         """
-        if self._wanted is None:
-            return packed.error / packed.energy if packed.energy else packed.error
-        rows = self._rows if entry is None else as_loaded(fmt, self._rows, entry)
-        got = rows @ fmt.decode(packed.tensors, tuple(self._weight.shape)).T
-        energy = self._wanted.square().sum().item()
-        return (got - self._wanted).square().sum().item() / energy if energy else 0.0
+        got = decoded
+        if self.measures_outputs:
+            got = (self.rows if rows is None else rows) @ decoded.T
+            got = got if shift is None else got + shift
+        error = (got - self._wanted).square().sum().item()
+        return error / self._energy if self._energy else error
 
 
 def as_loaded(fmt: Format, rows: torch.Tensor, entry: LayerPlan) -> torch.Tensor:
@@ -145,7 +241,7 @@ def as_loaded(fmt: Format, rows: torch.Tensor, entry: LayerPlan) -> torch.Tensor
 
     Without an ``input_scale`` FP8 uses 1.0 and NVFP4 the largest value of the batch; MXFP8 and INT8 scale as they go.
     """
-    if entry.full_precision or fmt.config() is None:
+    if not len(rows) or entry.full_precision or fmt.config() is None:
         return rows
     scale = None
     if entry.input_scale is not None:

@@ -124,6 +124,7 @@ def check_statistics(found: Calibration, stored: Stored) -> None:
     for name, calls in stored.calls.items():
         stats, x, y = found.layers[name], torch.cat([c[0] for c in calls]), torch.cat([c[1] for c in calls])
         assert (stats.count, stats.calls) == (len(x), len(calls)), name
+        close(stats.input_mean, x.mean(0), name, x.abs().mean())
         close(stats.input_absmean, x.abs().mean(0), name)
         close(stats.input_sqmean, x.square().mean(0), name)
         close(stats.input_amax, x.abs().amax(0), name)

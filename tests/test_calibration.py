@@ -57,6 +57,7 @@ def test_statistics_equal_brute_force(dtype: torch.dtype) -> None:
         y = torch.cat([y.reshape(-1, out) for _, y in mine]).double()
         stats = found.layers[name]
         assert (stats.count, stats.calls) == (len(x), len(mine))
+        torch.testing.assert_close(stats.input_mean.double(), x.mean(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(stats.input_absmean.double(), x.abs().mean(0), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(stats.input_sqmean.double(), x.square().mean(0), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(stats.input_amax.double(), x.abs().amax(0))
@@ -117,7 +118,7 @@ def test_the_file_holds_everything(tmp_path: Path) -> None:
     read = calibration.load(path)
     assert read.info == {k: v for k, v in found.info.items()}
     for name, stats in found.layers.items():
-        for key in ("input_absmean", "input_sqmean", "input_amax", "output_channel_mean"):
+        for key in ("input_mean", "input_absmean", "input_sqmean", "input_amax", "output_channel_mean"):
             assert torch.equal(getattr(read.layers[name], key), getattr(stats, key))
         assert (read.layers[name].output_mean, read.layers[name].count) == (stats.output_mean, stats.count)
         assert torch.equal(read.rows_of(name), found.rows_of(name))

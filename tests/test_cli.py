@@ -64,7 +64,7 @@ def test_the_way_from_a_model_to_a_checked_file(file: Path, output: Path, tmp_pa
     out, _ = run("inspect", output)
     assert "nvfp4" in out and "made by ComfyUI-CalibQuant" in out and "recipe zimage-nvfp4-mixed" in out
     out, _ = run("compare", file, output)
-    assert "relative weight error" in out.splitlines()[0] and LAYER in out
+    assert "relative error" in out.splitlines()[0] and LAYER in out
 
 
 def test_json_is_one_document_on_stdout(file: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:

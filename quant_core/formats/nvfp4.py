@@ -7,6 +7,7 @@ value = e2m1(code) * e4m3(block_scale) * weight_scale_2.  File layout: facts of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import comfy_kitchen as ck
@@ -132,10 +133,14 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
 
 
 def e2m1_value(code: torch.Tensor) -> torch.Tensor:
-    """float32 value of E2M1 codes (uint8): the inverse of the three counts above."""
-    count = (code & 7).float()
-    value = torch.maximum(torch.maximum(count * 0.5, count - 2), count * 2 - 8)
-    return torch.where(code > 7, -value, value)
+    """float32 value of E2M1 codes (uint8)."""
+    return _values(code.device).index_select(0, code.reshape(-1).int()).view(code.shape)
+
+
+@lru_cache
+def _values(device: torch.device) -> torch.Tensor:
+    magnitude = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    return torch.cat([magnitude, -magnitude]).to(device)
 
 
 FORMAT = NVFP4()
