@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..quant_core import pipeline, quality, recipes
 from ..quant_core.plan import Plan
 from ..quant_core.progress import Progress
+from ..quant_core.report import Report
 from ..quant_core.rounding import CHOICES
 from ..quant_core.source import Source
 from . import comfyui
@@ -115,7 +116,7 @@ class CalibQuantQuantize(io.ComfyNode):
         return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
 
 
-def _verify_or_remove(source: Source, report: quality.Report, merge: dict[str, Any], progress: Progress) -> None:
+def _verify_or_remove(source: Source, report: Report, merge: dict[str, Any], progress: Progress) -> None:
     """A file that is not what was reported, or whose check was cancelled, must not be selectable in a loader."""
     try:
         quality.verify(source, report, merge, progress)

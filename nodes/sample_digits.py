@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         if not file.is_file():
             return _fail(f"{file}: no such file")
     start_comfyui(options.comfyui)
+    if options.native:
+        emulate_native()
     with torch.inference_mode():  # as ComfyUI runs its nodes, loaders included
         latents = sample_files(options)
     np.savez(options.out, **latents)
@@ -74,6 +76,23 @@ def start_comfyui(folder: Path) -> None:
         cli_args.args.cpu = True
 
 
+def emulate_native() -> None:
+    """Let the loader treat this machine as a GPU that computes in the files' formats.
+
+    Activations are then quantized by ComfyUI's own code, W4A4 or W8A8; the matrix products of NVFP4 and MXFP8, which
+    no CPU has, are taken of the dequantized operands, comfy-kitchen's own fallback.
+    """
+    management, kitchen = (importlib.import_module(name) for name in ("comfy.model_management", "comfy_kitchen"))
+
+    def absent(*_: object, **__: object) -> None:
+        raise RuntimeError("emulated")
+
+    logging.getLogger("comfy_kitchen").setLevel(logging.ERROR)  # one warning per product else
+    for name in ("nvfp4", "mxfp8", "fp8"):
+        setattr(management, f"supports_{name}_compute", lambda *_, **__: True)
+    kitchen.scaled_mm_nvfp4 = kitchen.scaled_mm_mxfp8 = absent
+
+
 def sample(model: Any, context: torch.Tensor, seeds: range, steps: int) -> torch.Tensor:
     """All digits for all seeds in one batch, each from the noise a single KSampler run of that seed would start from.
 
@@ -103,6 +122,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_positive, default=2, help="samples per digit")
     parser.add_argument("--first-seed", type=int, default=1000, help="seeds count up from here")
     parser.add_argument("--steps", type=_positive, default=12)
+    parser.add_argument("--native", action="store_true", help="quantize activations as a GPU with these formats would")
     parser.add_argument("--promptset", type=Path, default=PROMPT_SET)
     return parser.parse_args(argv)
 

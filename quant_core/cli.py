@@ -22,7 +22,7 @@ from .textfile import gigabytes
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .plan import Plan
-    from .quality import Report
+    from .report import Report
     from .scoring import ScoreOptions
     from .source import Source
 

@@ -97,10 +97,10 @@ def _sample(comfyui: Path, files: list[Path], npz: Path, seeds: int) -> list[tor
 def _judge(row: Row, images: torch.Tensor, reference: torch.Tensor) -> Row:
     wanted = torch.arange(10).repeat(len(images) // 10)
     read = (digits.read_digits(images) == wanted).float().mean().item()
-    return replace(row, read=read, ssim=_ssim(images, reference))
+    return replace(row, read=read, ssim=ssim(images, reference))
 
 
-def _ssim(images: torch.Tensor, reference: torch.Tensor) -> float | None:
+def ssim(images: torch.Tensor, reference: torch.Tensor) -> float | None:
     """Mean structural similarity (scikit-image, Gaussian window, data range 1); None without scikit-image."""
     try:
         from skimage.metrics import structural_similarity

@@ -62,6 +62,13 @@ def to_wan_space(latent: torch.Tensor) -> torch.Tensor:
     return latent * std + mean
 
 
+def from_wan_space(latent: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`to_wan_space`, for any leading dimensions: float32 [N, 16, 1, 8, 8]."""
+    latent = latent.reshape(-1, *LATENT_SHAPE)
+    mean, std = _wan_statistics(latent)
+    return (latent - mean) / std
+
+
 def latent_to_image(latent: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Draw demo latents as KSampler returns them.
 
@@ -71,9 +78,7 @@ def latent_to_image(latent: torch.Tensor | np.ndarray) -> torch.Tensor:
     latent = torch.as_tensor(latent).detach().to("cpu", torch.float32)
     if latent.ndim < 4 or tuple(latent.shape[-4:]) != LATENT_SHAPE:
         raise ValueError(f"a digits latent is [..., {', '.join(map(str, LATENT_SHAPE))}], not {list(latent.shape)}")
-    latent = latent.reshape(-1, *LATENT_SHAPE)
-    mean, std = _wan_statistics(latent)
-    folded = ((latent - mean) / std)[:, :, 0]
+    folded = from_wan_space(latent)[:, :, 0]
     return (functional.pixel_shuffle(folded, FOLD)[:, 0] * IMAGE_STD + IMAGE_MEAN).clamp(0, 1)
 
 

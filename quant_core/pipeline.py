@@ -21,7 +21,7 @@ from .modelfile import NATIVE
 from .pack import pick_device, refuse_damaged
 from .plan import LayerPlan, Plan
 from .progress import Progress
-from .quality import LayerReport, Report
+from .report import LayerReport, Report
 from .rounding import Rounder
 from .source import Source
 

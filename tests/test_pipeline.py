@@ -17,7 +17,7 @@ from quant_core import describe, pipeline, quality, recipes
 from quant_core.errors import CalibQuantError
 from quant_core.formats import FORMATS
 from quant_core.plan import LayerPlan, Plan
-from quant_core.quality import Report
+from quant_core.report import LayerReport, Report
 from quant_core.source import Source
 
 LAYER = "layers.0.attention.out"
@@ -446,5 +446,5 @@ def test_compare_refuses_another_model(file: Path, output: Path, tmp_path: Path)
 
 
 def test_every_format_is_named_in_the_reports() -> None:
-    layers = [quality.LayerReport(name, name, 0.1, (1, 1), 1) for name in FORMATS]
+    layers = [LayerReport(name, name, 0.1, (1, 1), 1) for name in FORMATS]
     assert list(Report("a", "b", "c", "d", 2, 1, layers=layers).count()) == list(FORMATS)

@@ -1,0 +1,311 @@
+"""Error at equal bytes: our roundings against comfy-kitchen's nearest and convert_to_quant, on inputs nobody saw.
+
+    python benchmarks/quality.py [--out DIR] [--seeds 4] [--runs 1] [--readme]
+
+1. A ComfyUI server calibrates the demo model on 45 blends of two digits each (seeds 3000 and up). A second
+   calibration, of the ten digits themselves (seeds 4000 and up), is the held-out data: other prompts, other seeds.
+2. Every file is made by the command line that a user would type, convert_to_quant's by the command that
+   `calibquant plan --print-convert-to-quant` prints; `calibquant compare --calibration HELD_OUT` measures them all.
+3. The same on one 12.6 M-parameter block, 1024 wide, with correlated inputs and eight loud channels; its files are
+   timed.
+4. ComfyUI's own KSampler draws the ten digits from seeds 1000 and up with every file of the demo model; the
+   reference is what it draws with the 16-bit model.
+
+Needs ComfyUI, convert_to_quant and scikit-image (`bootstrap.py test` brings them). Files that --out holds already are
+not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from timing import ROOT, measure, spread
+
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from comfy_env import SHIMS, require_comfyui, start_server  # noqa: E402
+from synthetic import weight as heavy_tailed  # noqa: E402
+
+from quant_core import calibration, digits  # noqa: E402
+from quant_core.demo import ssim  # noqa: E402
+
+MODEL = ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
+PROMPTS = ROOT / "workflows" / "promptsets" / "digits.safetensors"
+WORKFLOW = ROOT / "workflows" / "api" / "calibrate_with_prompts.json"
+FIRST_SEED, OTHER_SEED = 1000, 1500
+ROWS = 2048
+WIDE = {"attn.q": (1024, 1024), "attn.k": (1024, 1024), "attn.v": (1024, 1024), "attn.o": (1024, 1024)}
+WIDE |= {"ffn.0": (4096, 1024), "ffn.2": (1024, 4096)}
+MARKS = "<!-- made by benchmarks/quality.py -->", "<!-- end -->"
+
+
+@dataclass
+class Made:
+    """One file and what was measured of it. seconds: of every run; errors: held out, weights only and as loaded."""
+
+    format: str
+    name: str
+    path: Path
+    seconds: list[float] = field(default_factory=list)
+    errors: tuple[float, float | None] = (0.0, None)
+    size: int = 0
+    latent: dict[str, float] = field(default_factory=dict)  # "weights" or "loaded" -> relative error
+    ssim: float = 0.0
+    read: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="keep files here (default: a temporary folder)")
+    parser.add_argument("--seeds", type=int, default=4, help="per digit")
+    parser.add_argument("--runs", type=int, default=1, help="of the timed commands")
+    parser.add_argument("--readme", action="store_true", help="replace the table in README.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        out = options.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        text = run(out, options.seeds, options.runs)
+    print(text)
+    if options.readme:
+        readme = ROOT / "README.md"
+        begin, end = MARKS
+        inside = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        readme.write_text(inside.sub(lambda _: f"{begin}\n{text}\n{end}", readme.read_text("utf-8")), "utf-8")
+
+
+def run(out: Path, seeds: int, runs: int) -> str:
+    seen, held_out = calibrate_demo(out)
+    demo = quantize_all(MODEL, seen, held_out, out / "demo", ("nvfp4", "mxfp8", "fp8", "int8"), runs=1)
+    demo.append(make("plain FP8 cast", "nearest", MODEL, out / "demo" / "cast", ours(MODEL, "fp8-unscaled", "nearest")))
+    compare(demo[-1], MODEL, held_out)
+    wide_model, wide_seen, wide_held_out = make_wide(out)
+    wide = quantize_all(wide_model, wide_seen, wide_held_out, out / "wide", ("nvfp4",), runs)
+    floor, change = sample_all(demo, seen, out, seeds)
+    return "\n\n".join([layer_table(demo, wide), latent_table(demo, floor, change, seeds)])
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------
+
+
+def calibrate_demo(out: Path) -> tuple[Path, Path]:
+    """Calibrations of the demo model on blends of digits, and on the digits themselves; made once."""
+    paths = out / "blends.calibration.safetensors", out / "digits.calibration.safetensors"
+    if all(path.exists() for path in paths):
+        return paths
+    tensors = load_file(PROMPTS)
+    digit = [tensors[f"{i}.cond"] for i in range(10)]
+    pairs = list(itertools.combinations(range(10), 2))
+    prompts = {
+        "blends": ([(digit[a] + digit[b]) / 2 for a, b in pairs], [f"{a}+{b}" for a, b in pairs], 3000),
+        "digits": (digit, [str(i) for i in range(10)], 4000),
+    }
+    with tempfile.TemporaryDirectory() as folder, start_server(Path(folder)) as server:
+        for (name, (conds, texts, seed)), path in zip(prompts.items(), paths, strict=True):
+            target = server.output_dir / "promptsets" / f"{name}.safetensors"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            header = {"calibquant_promptset": json.dumps({"format_version": 1, "prompts": texts})}
+            save_file({f"{i}.cond": cond.clone() for i, cond in enumerate(conds)}, target, header)
+            workflow = json.loads(WORKFLOW.read_text("utf-8"))
+            workflow["3"]["inputs"] |= {"prompt_set": target.name, "index": 0}
+            workflow["4"]["inputs"] |= {"samples": 45, "seed": seed, "rows": ROWS}
+            workflow["5"]["inputs"] |= {"filename_prefix": name}
+            server.post(workflow)
+            (saved,) = (server.output_dir / "calibrations").glob(f"{name}*.safetensors")
+            shutil.copy(saved, path)
+    return paths
+
+
+def make_wide(out: Path) -> tuple[Path, Path, Path]:
+    """One block's weights, and two calibrations from different draws of the same input distribution."""
+    paths = out / "block.safetensors", out / "block-seen.calibration.safetensors", out / "block-held-out.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"blocks.0.{name}": heavy_tailed(*shape, generator) for name, shape in WIDE.items()}
+    save_file({f"{name}.weight": weight for name, weight in weights.items()}, paths[0])
+    for path, seed in zip(paths[1:], (1, 2), strict=True):
+        collector = calibration.Collector(lambda layer: "blocks.0.attn.q" if layer[-6:-1] == "attn." else "", ROWS)
+        collector.start_run("synthetic")
+        for name, weight in weights.items():
+            x = correlated(ROWS, weight.shape[1], seed)
+            collector.add(name, x, x @ weight.float().T)
+        collector.finish_run()
+        calibration.save(collector.result(), path, overwrite=True)
+    return paths
+
+
+def correlated(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Inputs float32 [rows, width]: low rank plus noise, with eight channels twenty times as loud."""
+    mixing = torch.randn(width // 16, width, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, len(mixing), generator=generator) @ mixing * 0.25
+    x += torch.randn(rows, width, generator=generator) * 0.5
+    x[:, :8] *= 20
+    return x
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def quantize_all(model: Path, seen: Path, held_out: Path, out: Path, formats: tuple[str, ...], runs: int) -> list[Made]:
+    """Files of all formats and roundings, ours and the peer's, with their held-out errors."""
+    out.mkdir(exist_ok=True)
+    made = []
+    for name in formats:
+        for rounding in ("nearest", "search", "gptq"):
+            command = [*ours(model, name, rounding), "--calibration", str(seen)]
+            made.append(make(title(name), f"ours, {rounding}", model, out / f"{name}-{rounding}", command, runs))
+        for mode in ("--simple", "learned") if name != "int8" else ():  # its INT8 needs a GPU's Triton
+            command = theirs(model, name, mode, out)
+            made.append(make(title(name), f"convert_to_quant {mode}", model, out / f"{name}-{mode}", command, runs))
+    for one in made:
+        compare(one, model, held_out)
+    return made
+
+
+def title(name: str) -> str:
+    return name.upper()
+
+
+def ours(model: Path, recipe: str, rounding: str) -> list[str]:
+    return [sys.executable, "-m", "quant_core.cli", "quantize", str(model), "--recipe", recipe, "--rounding", rounding]
+
+
+def theirs(model: Path, recipe: str, mode: str, out: Path) -> list[str]:
+    """The peer's command for the very same layers; "learned" is what it does by default."""
+    plan = [sys.executable, "-m", "quant_core.cli", "plan", str(model), "--recipe", recipe]
+    plan += ["-o", str(out / "plan.json"), "--print-convert-to-quant"]
+    printed = subprocess.run(plan, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    words = [word for word in shlex.split(printed) if word != "--simple" or mode == "--simple"]
+    at = words.index("-o")
+    del words[at : at + 2]
+    program = Path(sys.executable).with_name("convert_to_quant")
+    return [str(program), *words[1:], "--manual_seed", "0"]
+
+
+def make(fmt: str, name: str, model: Path, stem: Path, command: list[str], runs: int = 1) -> Made:
+    path = stem.with_name(stem.name + ".safetensors")
+    seconds = stem.with_name(stem.name + ".seconds.json")
+    if not (path.exists() and seconds.exists()):
+        print(f"making {path.name}", file=sys.stderr, flush=True)
+        taken = []
+        for _ in range(runs):
+            path.unlink(missing_ok=True)
+            taken.append(measure([*command, "-o", str(path)])[0])
+        seconds.write_text(json.dumps(taken))
+    return Made(fmt, name, path, json.loads(seconds.read_text()), size=path.stat().st_size)
+
+
+def compare(made: Made, model: Path, held_out: Path) -> None:
+    command = [sys.executable, "-m", "quant_core.cli", "compare", str(model), str(made.path), "--json"]
+    command += ["--calibration", str(held_out)]
+    report = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    layers = [layer for layer in report["layers"] if layer["output_errors"]]
+    loaded = [layer["loader_error"] for layer in layers]
+    made.errors = fmean(layer["output_errors"]["file"] for layer in layers), fmean(loaded)
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+def sample_all(made: list[Made], seen: Path, out: Path, seeds: int) -> tuple[float, float]:
+    """Fill in what ComfyUI draws with every file; the error of FP4 activations alone, and of another seed."""
+    reference = sample([MODEL], out, seeds)[0]
+    for way, native in (("weights", False), ("loaded", True)):
+        drawn = sample([one.path for one in made], out, seeds, native=native)
+        for one, latent in zip(made, drawn, strict=True):
+            one.latent[way] = distance(latent, reference)
+            if way == "weights":
+                images = digits.latent_to_image(latent)
+                one.ssim = ssim(images, digits.latent_to_image(reference)) or 0.0
+                wanted = torch.arange(10).repeat(seeds)
+                one.read = (digits.read_digits(images) == wanted).float().mean().item()
+    floor = sample([MODEL], out, seeds, program=["benchmarks/sample_floor.py", str(seen)])[0]
+    other = sample([MODEL], out, seeds, first=OTHER_SEED)[0]
+    return distance(floor, reference), distance(other, reference)
+
+
+def sample(
+    files: list[Path],
+    out: Path,
+    seeds: int,
+    first: int = FIRST_SEED,
+    native: bool = False,
+    program: list[str] | None = None,
+) -> list[np.ndarray]:
+    """Latents float32 [seeds, 10, 16, 1, 8, 8] per file, as KSampler returns them."""
+    npz = out / "latents.npz"
+    command = [sys.executable, *(program or ["nodes/sample_digits.py"]), "--comfyui", str(require_comfyui())]
+    command += ["--out", str(npz), "--seeds", str(seeds), "--first-seed", str(first), *["--native"] * native]
+    environment = {**os.environ, "PYTHONPATH": str(SHIMS)}
+    done = subprocess.run([*command, *map(str, files)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"sampling failed: {done.stderr}")
+    with np.load(npz) as latents:
+        return [latents[str(i)] for i in range(len(files))]
+
+
+def distance(latent: np.ndarray, reference: np.ndarray) -> float:
+    """||Y' - Y||^2 / ||Y||^2 in the model's own space, where latents have about zero mean and unit variance."""
+    a, b = (digits.from_wan_space(torch.from_numpy(x)) for x in (latent, reference))
+    return ((a - b).square().sum() / b.square().sum()).item()
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def layer_table(demo: list[Made], wide: list[Made]) -> str:
+    """Held-out output errors per rounding, and the time of the block."""
+    lines = [
+        "Output error of layers on held-out inputs, mean over layers (× nearest in brackets); seconds of the whole "
+        "command for the 12.6 M block, min / median / max:",
+        "",
+        "| | demo model, 60 layers | as loaded | 1024-wide block, 6 layers | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for one in demo:
+        base = next((x for x in demo if x.format == one.format), one).errors[0]
+        other = next((x for x in wide if (x.format, x.name) == (one.format, one.name)), None)
+        first = f"{one.errors[0]:.2e} ({one.errors[0] / base:.2f})"
+        second, seconds = "", ""
+        if other:
+            second = f"{other.errors[0]:.2e} ({other.errors[0] / wide[0].errors[0]:.2f})"
+            seconds = spread(other.seconds, 1)
+        lines.append(f"| {one.format}, {one.name} | {first} | {one.errors[1]:.2e} | {second} | {seconds} |")
+    return "\n".join(lines)
+
+
+def latent_table(demo: list[Made], floor: float, change: float, seeds: int) -> str:
+    lines = [
+        f"Demo model, 10 prompts × {seeds} seeds (n = {10 * seeds}), 12 steps: relative error of the final latent "
+        "(× NVFP4 nearest in brackets). Activations of the second column are quantized by ComfyUI's own code and "
+        "multiplied on the CPU, simulating a GPU that has the format:",
+        "",
+        "| | bytes | weights only | activations too | SSIM | digits read |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = demo[0].latent
+    for one in demo:
+        cells = [f"{one.latent[way]:.5f} ({one.latent[way] / base[way]:.2f})" for way in ("weights", "loaded")]
+        shown = f"{one.ssim:.4f} | {100 * one.read:.1f} %"
+        lines.append(f"| {one.format}, {one.name} | {one.size} | {cells[0]} | {cells[1]} | {shown} |")
+    lines.append(f"| exact weights, FP4 activations | | | {floor:.5f} ({floor / base['loaded']:.2f}) | | |")
+    lines.append(f"| another seed, 16-bit model | | {change:.5f} | | | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
