@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import comfy.lora
 import comfy.model_management
+import comfy.quant_ops
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -28,6 +29,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..quant_core import smoothing
 from ..quant_core.architectures import Architecture, detect
 from ..quant_core.calibration import Collector
 from ..quant_core.errors import CalibQuantError
@@ -197,6 +199,14 @@ def progress(total_parts: int = 1) -> Callable[[int], Callable[[int, int, str], 
         return update
 
     return part
+
+
+def require_pre_quant_scale() -> None:
+    """CalibQuantError when this ComfyUI's loader ignores ``pre_quant_scale``, and would render noise for it."""
+    if smoothing.KEY not in comfy.quant_ops.QUANT_ALGOS["nvfp4"]["parameters"]:
+        raise CalibQuantError(
+            f"this ComfyUI ({comfyui_version.__version__}) ignores {smoothing.KEY}: switch it off, or update ComfyUI"
+        )
 
 
 def show(node_id: str | None, text: str) -> None:

@@ -70,6 +70,14 @@ class CalibQuantPlan(io.ComfyNode):
                     tooltip="With a calibration: store the activation scales. Off leaves them to the loader, and FP8 "
                     "runs weight-only.",
                 ),
+                io.Boolean.Input(
+                    "pre_quant_scale",
+                    default=False,
+                    optional=True,
+                    tooltip="With a calibration: smooth the inputs of NVFP4 layers, so that FP4 activations lose less. "
+                    "Needs a ComfyUI that reads it (newer than 0.29) wherever the file is used; LoRAs added later "
+                    "do not fit such a file.",
+                ),
             ],
             outputs=[comfyui.PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
@@ -86,13 +94,17 @@ class CalibQuantPlan(io.ComfyNode):
         probe: Probe | None = None,
         calibration: CalibrationHandle | None = None,
         input_scale: bool = True,
+        pre_quant_scale: bool = False,
     ) -> io.NodeOutput:
+        if pre_quant_scale:
+            comfyui.require_pre_quant_scale()
         with Source(comfyui.model_path(model_name)) as source:
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
             plan, warning = _plan(source, model_name, strategy, probe, seen)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
+            plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
             notes = [f"warning: {note}" for note in [*source.warnings(), warning] if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
@@ -177,6 +189,12 @@ def _plan(
         return make(source, linked or probe_file(model_name), strategy), ""
     recipe = _recipe(strategy)
     return recipes.make_plan(source, recipe), recipe.warning
+
+
+def _smoothed(source: Source, plan: Plan, seen: Calibration | None) -> Plan:
+    if seen is None:
+        raise CalibQuantError(f"{source.path}: pre_quant_scale needs a calibration: link one, or switch it off")
+    return recipes.smoothed(source, plan, seen)
 
 
 def _check_same_file(probed: Probe, source: Source) -> None:

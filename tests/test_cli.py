@@ -18,6 +18,8 @@ from keys import make_keys
 from quant_core import __version__, cli
 
 LAYER = "layers.0.attention.out"
+DEMO = models.ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
+CALIBRATION = models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors"
 
 
 def run(*arguments: object, code: int = 0) -> tuple[str, str]:
@@ -48,6 +50,30 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "out.safetensors"
+
+
+# --- a core that reads pre_quant_scale, or does not
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_smoothing_only_for_a_core_that_reads_it(
+    reads: bool, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    core = tmp_path / "ComfyUI"
+    (core / "comfy").mkdir(parents=True)
+    (core / "main.py").touch()
+    (core / "comfy" / "quant_ops.py").write_text('"parameters": {"weight_scale"' + ', "pre_quant_scale"' * reads + "}")
+    monkeypatch.setenv("COMFYUI_PATH", str(core))
+    arguments = ["quantize", DEMO, "-o", output, "--recipe", "nvfp4", "--rounding", "search", "--pre-quant-scale"]
+    call(capsys, *arguments, code=2)  # without a calibration
+    _, err = call(capsys, *arguments, "--calibration", CALIBRATION, code=0 if reads else 1)
+    assert output.exists() == reads
+    if not reads:
+        assert "ignores pre_quant_scale" in err and str(core) in err and err.count("\n") == 1
+        return
+    out, _ = call(capsys, "compare", DEMO, output, "--calibration", CALIBRATION)
+    assert out.splitlines()[1].split() == ["weights", "outputs", "as", "loaded", "format", "bytes", "layer"]
+    assert "blocks.0.ffn.2" in out and "as the loader runs it" in out
 
 
 # --- results

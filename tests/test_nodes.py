@@ -11,6 +11,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -20,7 +21,7 @@ from comfy_env import PACK_NAME, PromptInterrupted, Server, ServerError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import pipeline, recipes
+from quant_core import calibration, pipeline, recipes
 from quant_core.errors import CalibQuantError
 from quant_core.source import Source
 
@@ -70,6 +71,25 @@ def demo_metadata() -> dict[str, str]:
 def make_plan(pack: dict[str, Any], model_name: str, recipe: str) -> Any:
     strategy = {"strategy": "recipe", "recipe": recipe}
     return execute(pack["CalibQuantPlan"], model_name=model_name, strategy=strategy)[0]
+
+
+def test_smoothing_only_where_the_loader_reads_it(pack: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")
+    inputs = {"model_name": MODEL, "strategy": {"strategy": "recipe", "recipe": "nvfp4"}, "pre_quant_scale": True}
+    linked = SimpleNamespace(current=lambda: seen)
+    parameters = importlib.import_module("comfy.quant_ops").QUANT_ALGOS["nvfp4"]["parameters"]
+    if "pre_quant_scale" not in parameters:  # ComfyUI 0.29
+        with pytest.raises(Exception, match="ignores pre_quant_scale: switch it off"):
+            execute(pack["CalibQuantPlan"], **inputs, calibration=linked)
+    monkeypatch.setitem(
+        importlib.import_module("comfy.quant_ops").QUANT_ALGOS["nvfp4"],
+        "parameters",
+        {*parameters, "pre_quant_scale"},
+    )
+    with pytest.raises(Exception, match="pre_quant_scale needs a calibration"):
+        execute(pack["CalibQuantPlan"], **inputs)
+    plan = execute(pack["CalibQuantPlan"], **inputs, calibration=linked)[0]
+    assert all(entry.pre_quant_scale for entry in plan.quantized().values())
 
 
 def test_pack_brings_its_nodes_and_models(pack: dict[str, Any], comfy: Path) -> None:

@@ -6,14 +6,16 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import comfy_kitchen as ck
 import models
 import pytest
 import reference
 import torch
 
-from quant_core import describe, pipeline, quality, recipes
+from quant_core import calibration, describe, pipeline, quality, recipes
 from quant_core.errors import CalibQuantError
 from quant_core.formats import FORMATS
 from quant_core.plan import LayerPlan, Plan
@@ -21,6 +23,8 @@ from quant_core.report import LayerReport, Report
 from quant_core.source import Source
 
 LAYER = "layers.0.attention.out"
+DEMO = models.ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
+CALIBRATION = models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors"
 
 
 def quantize(path: Path, recipe: str, output: Path, **options: object) -> Report:
@@ -170,6 +174,82 @@ def test_verify_notices_a_code_that_became_nan(file: Path, output: Path) -> None
     change_byte(output, f"{LAYER}.weight", lambda byte: 0x7F)
     with Source(file) as source, pytest.raises(CalibQuantError, match=f"layer {re.escape(LAYER)} has relative error"):
         quality.verify(source, report)
+
+
+def demo(output: Path, rounding: str, smooth: bool = False, **options: object) -> tuple[Report, Plan]:
+    """The demo model in NVFP4 with the calibration that ships with it."""
+    seen = calibration.load(CALIBRATION)
+    with Source(DEMO) as source:
+        plan = recipes.calibrated(source, recipes.make_plan(source, "nvfp4"), seen)
+        plan = recipes.smoothed(source, plan, seen) if smooth else plan
+        report = pipeline.quantize(source, plan, output, calibration=seen, rounding=rounding, device="cpu", **options)
+        quality.verify(source, report)
+    assert output.stat().st_size == plan.size
+    return report, plan
+
+
+def test_gptq_makes_the_same_bytes_twice_and_the_planned_size(tmp_path: Path) -> None:
+    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    report, _ = demo(one, "gptq")
+    demo(two, "gptq")
+    assert one.read_bytes() == two.read_bytes()
+    assert {layer.rounding for layer in report.layers if layer.format == "nvfp4"} >= {"gptq+bias"}
+    nearest = tmp_path / "3.safetensors"
+    demo(nearest, "nearest")
+    assert nearest.stat().st_size == one.stat().st_size
+
+
+def test_verify_notices_a_bias_that_is_not_as_reported(output: Path) -> None:
+    report, _ = demo(output, "gptq")
+    layer = next(layer for layer in report.layers if layer.bias_change)
+    change_byte(output, f"{layer.name}.bias", lambda byte: byte ^ 0x20)
+    with Source(DEMO) as source, pytest.raises(CalibQuantError, match=f"bias of layer {re.escape(layer.name)} differs"):
+        quality.verify(source, report)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_compare_measures_the_outputs_that_the_loader_would_give(output: Path, smooth: bool) -> None:
+    """Against a decoder of our own (reference.py) and comfy-kitchen's quantize for the inputs, in float64."""
+    made, plan = demo(output, "auto", smooth)
+    seen, found, source = calibration.load(CALIBRATION), reference.File(output), reference.File(DEMO)
+    with Source(DEMO) as opened:
+        report = quality.compare(opened, output, calibration=seen)
+    measured = {layer.name: layer for layer in report.layers if layer.output_errors}
+    assert set(measured) == set(plan.quantized())
+    errors = [layer.output_errors["file"] for layer in measured.values()]
+    assert errors == sorted(errors, reverse=True)
+    for name in ("blocks.0.ffn.2", "blocks.3.self_attn.o"):
+        tensors, rows = found.layer(name), seen.rows_of(name).float()
+        smoothed = tensors.get("pre_quant_scale", torch.ones(rows.shape[1])).float()
+        scale, fed = tensors["input_scale"], rows * smoothed
+        codes, blocks = ck.quantize_nvfp4(fed, scale, pad_16x=True)
+        fed = ck.dequantize_nvfp4(codes, scale, blocks, output_type=torch.float32)[: len(rows), : rows.shape[1]]
+        weight = torch.from_numpy(found.decode(name, "nvfp4", plan_shape(source, name)))
+        wanted = rows.double() @ source.tensors[f"{name}.weight"].double().T + source.tensors[f"{name}.bias"].double()
+        exact = (rows * smoothed).double() @ weight.T + tensors["bias"].double()
+        loaded = fed.double() @ weight.T + tensors["bias"].double()
+        energy = (wanted - source.tensors[f"{name}.bias"].double()).square().sum()
+        error, as_loaded = (((y - wanted).square().sum() / energy).item() for y in (exact, loaded))
+        assert measured[name].output_errors["file"] == pytest.approx(error, rel=1e-3)
+        assert measured[name].loader_error == pytest.approx(as_loaded, rel=1e-3)
+    if smooth:
+        assert sum(t.numel() for n, t in found.tensors.items() if n.endswith(".pre_quant_scale")) > 0
+        assert any(layer.note.startswith("inputs smoothed with alpha 0.") for layer in made.layers)
+
+
+def plan_shape(source: reference.File, name: str) -> tuple[int, ...]:
+    return tuple(source.tensors[f"{name}.weight"].shape)
+
+
+@pytest.mark.parametrize("fmt", ["mxfp8", "float8_e4m3fn"])
+def test_smoothing_is_refused_where_no_loader_reads_it(fmt: str, output: Path) -> None:
+    with Source(DEMO) as source:
+        plan = recipes.make_plan(source, "nvfp4")
+        name = next(iter(plan.quantized()))
+        layers = {**plan.layers, name: LayerPlan(fmt, "by hand", pre_quant_scale=True)}
+        with pytest.raises(CalibQuantError, match=f"layer {re.escape(name)}: pre_quant_scale exists for nvfp4 only"):
+            pipeline.quantize(source, replace(plan, layers=layers), output)
+    assert not output.exists()
 
 
 # --- sources that are refused
