@@ -13,7 +13,7 @@ it is worth nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -57,13 +57,12 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str
     if not torch.isfinite(average) or average <= 0:
         return "the sampled inputs are constant or not finite"
     hessian.diagonal().add_(damping(distinct, x.shape[1]) * average)
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         return "the Hessian of the sampled inputs is not positive definite"
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if failed:
-        return "the inverse Hessian of the sampled inputs is not positive definite"
-    return Factor(hessian, upper)
+    identity = torch.eye(len(hessian), device=hessian.device)
+    return Factor(hessian, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
 
 
 def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
@@ -74,60 +73,70 @@ def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | Non
 
 
 def _quantize_rows(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
-    codes = _feed_back(weight, fmt, tensor_scale, inputs.upper)
-    return _refine(weight, codes, fmt, inputs.hessian) if PASSES else codes
+    # From here on weights are [in, out]: those of a column, which are rounded together, lie side by side in memory.
+    units, steps, scale = _feed_back(weight.T.contiguous(), fmt, tensor_scale, inputs.upper)
+    _refine(weight.T.contiguous(), units, steps, fmt, inputs.hessian)
+    return Codes(fmt.round(units.T.contiguous()), scale, tensor_scale)
 
 
-def _feed_back(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, upper: torch.Tensor) -> Codes:
-    """One run over the columns. Formats with groups choose a scale per group on the way, others theirs before."""
-    left = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]: a column's weights lie side by side
-    cost = upper.diagonal().square().reciprocal()  # [in]
-    width = len(left)
-    data, scales = [], []
+def _feed_back(
+    left: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, upper: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One run over the columns of ``left`` [in, out], which is used up. Formats with groups choose a scale per group on
+    the way, others theirs before.
+
+    Returns the rounded weights in units of their steps [in, out], the steps [groups, out] ([1, out] or [1, 1] without
+    groups), and the stored scales.
+    """
+    units, cost = torch.empty_like(left), upper.diagonal().square().reciprocal()  # cost: [in]
+    scales, steps = [], []
     if not fmt.group:
-        whole = fmt.choose(weight.unsqueeze(1), tensor_scale, cost.unsqueeze(0))  # [out, 1] or None
-        step = fmt.step(None if whole is None else whole[:, 0], tensor_scale)
-    for start in range(0, width, COLUMNS):
-        stop = min(start + COLUMNS, width)
-        errors = torch.empty_like(left[start:stop])
-        for i in range(start, stop):
-            if fmt.group and i % fmt.group == 0:
-                group = slice(i, i + fmt.group)
+        scales.append(fmt.choose(left.T.unsqueeze(1), tensor_scale, cost.unsqueeze(0)))  # [out, 1] or None
+        steps.append(fmt.step(scales[0], tensor_scale).reshape(-1))
+    for start in range(0, len(left), COLUMNS):
+        block = left[start : start + COLUMNS]
+        errors, own = torch.empty_like(block), upper[start : start + COLUMNS, start : start + COLUMNS]
+        for i in range(len(block)):
+            column = start + i
+            if fmt.group and column % fmt.group == 0:
+                group = slice(column, column + fmt.group)
                 blocks = left[group].T.contiguous().unsqueeze(1)  # [out, 1, group]
                 scales.append(fmt.choose(blocks, tensor_scale, cost[group].unsqueeze(0)))
-                step = fmt.step(scales[-1][:, 0], tensor_scale)
-            codes, value = _nearest(left[i], fmt, step)
-            data.append(codes)
-            errors[i - start] = (left[i] - value) / upper[i, i]
-            left[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1)
-        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    if fmt.group:
-        whole = torch.cat(scales, dim=1)
-    return Codes(torch.stack(data, dim=1), whole, tensor_scale)
+                steps.append(fmt.step(scales[-1][:, 0], tensor_scale))
+            if column % (fmt.group or len(left)) == 0:
+                inverse = _inverse(steps[-1])
+            units[column] = fmt.snap(block[i] * inverse)
+            torch.sub(block[i], units[column] * steps[-1], out=errors[i])
+            errors[i] /= own[i, i]
+            block[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
+        rest = slice(start + len(block), None)
+        left[rest].addmm_(upper[start : start + len(block), rest].T, errors, alpha=-1)
+    return units, torch.stack(steps), None if scales[0] is None else torch.cat(scales, dim=1)
 
 
-def _refine(weight: torch.Tensor, codes: Codes, fmt: Format, hessian: torch.Tensor) -> Codes:
-    """Round each column anew, given what all others leave, PASSES times."""
-    wanted, data = weight.T.contiguous(), list(codes.data.unbind(1))
-    left = wanted - fmt.dequantize(codes, tuple(weight.shape)).T  # W - Q, [in, out]
-    pull = hessian @ left  # its row i, over H_ii, is how far column i should move
-    steps = fmt.step(codes.scale, codes.tensor_scale)
-    steps = steps.T.contiguous() if steps.dim() else steps.expand(1)  # [groups, out], or one step for all
-    span = len(data) // len(steps)  # columns a step holds for
-    for start in PASSES * list(range(0, len(data), COLUMNS)):
+def _refine(
+    wanted: torch.Tensor, units: torch.Tensor, steps: torch.Tensor, fmt: Format, hessian: torch.Tensor
+) -> None:
+    """Round each column of ``wanted`` [in, out] anew, given what all others leave, PASSES times; changes ``units``."""
+    width, span = len(wanted), len(wanted) // len(steps)  # columns that a step holds for
+    weight = hessian / hessian.diagonal().unsqueeze(1)  # its row i: how far column i moves for the errors of the others
+    rounded = units * steps.repeat_interleave(span, dim=0)
+    pull = weight @ (wanted - rounded)
+    inverse = _inverse(steps)
+    for start in PASSES * list(range(0, width, COLUMNS)):
         block = slice(start, start + COLUMNS)
-        near, own, before = pull[block].clone(), hessian[block, block], left[block].clone()
+        near, own, before = pull[block].clone(), weight[block, block], rounded[block].clone()
         for i in range(len(near)):
-            column = start + i
-            old = wanted[column] - left[column]
-            data[column], value = _nearest(old + near[i] / own[i, i], fmt, steps[column // span])
-            left[column] = wanted[column] - value
-            near.addr_(own[i], old - value)
-        pull.addmm_(hessian[:, block], left[block] - before)
-    return replace(codes, data=torch.stack(data, dim=1))
+            column, group = start + i, (start + i) // span
+            now = rounded[column]
+            unit = fmt.snap((now + near[i]).mul_(inverse[group]))
+            value = unit * steps[group]
+            near.addr_(own[:, i], now - value)
+            now.copy_(value)
+            units[column] = unit
+        pull.addmm_(weight[:, block], before.sub_(rounded[block]))
 
 
-def _nearest(column: torch.Tensor, fmt: Format, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and values of float32 weights [out] for steps [out] or []; a zero step gives zeros."""
-    codes = fmt.round(torch.where(step == 0, 0.0, column / torch.where(step == 0, 1.0, step)))
-    return codes, fmt.value(codes) * step
+def _inverse(step: torch.Tensor) -> torch.Tensor:
+    """1 / step; 0 for a step of 0, whose weights become zeros."""
+    return torch.where(step == 0, 0.0, 1.0 / step)

@@ -16,6 +16,7 @@ from .formats import Codes, FileTensors, Format
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
 CHUNK = 1 << 19
+CANDIDATES = 16  # about as many scales as a search tries
 ROWS = 1024  # rows checked at once when nothing is rounded
 
 
@@ -76,10 +77,11 @@ def searched(
     scale = _tensor_scale(flat, fmt, amax, importance)
     ones = torch.ones(weight.shape[1], device=device)
     per_column = ones if importance is None else importance.to(device)
-    parts = [_search_chunk(chunk.float(), fmt, scale, per_column) for chunk in flat.split(rows)]
+    few = max(fmt.rows, rows // CANDIDATES // fmt.rows * fmt.rows)  # all candidates of a chunk are tried at once
+    parts = [_search_chunk(chunk.float(), fmt, scale, per_column) for chunk in flat.split(few)]
     error = sum(
         squared_distance(chunk.float(), fmt.dequantize(codes, tuple(chunk.shape)))
-        for chunk, codes in zip(flat.split(rows), parts, strict=True)
+        for chunk, codes in zip(flat.split(few), parts, strict=True)
     )
     whole = Codes(
         torch.cat([c.data for c in parts]),

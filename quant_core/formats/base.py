@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,8 +70,8 @@ class Format(Protocol):
     def round(self, scaled: torch.Tensor) -> torch.Tensor:
         """Nearest codes of weights already divided by their step."""
 
-    def value(self, codes: torch.Tensor) -> torch.Tensor:
-        """float32 value of codes in units of the step."""
+    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The same as float32 values of the codes, in units of the step."""
 
     def pack(self, codes: Codes) -> FileTensors:
         """Lay codes and scales out as the file wants them."""
@@ -86,28 +86,22 @@ class Format(Protocol):
 def best_scale(
     blocks: torch.Tensor,
     importance: torch.Tensor,
-    candidates: Iterable[torch.Tensor],
+    candidates: torch.Tensor,
     decoded: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Of candidate scales [rows, blocks] (the nearest rule's first) the one with the least weighted squared error.
+    """Of candidate scales [candidates, rows, blocks] the one with the least weighted squared error, [rows, blocks].
 
-    decoded(scale) gives the blocks rounded with that scale, float32 [rows, blocks, group].
+    decoded(candidates) gives the blocks rounded with each scale, float32 [candidates, rows, blocks, group]. The first
+    of equals wins, so the nearest rule's scale comes first.
     """
-    best = chosen = None
-    for scale in candidates:
-        error = (decoded(scale) - blocks).square_().mul_(importance).sum(-1)
-        if best is None:
-            best, chosen = error, scale
-            continue
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-    return chosen
+    errors = (decoded(candidates) - blocks).square_().mul_(importance).sum(-1)
+    return candidates.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
 def rounded(fmt: Format, blocks: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Blocks [rows, blocks, group] rounded to nearest with steps [rows, blocks]; zero steps give zeros."""
+    """Blocks [rows, blocks, group] rounded to nearest with steps [..., rows, blocks]; zero steps give zeros."""
     step = step.unsqueeze(-1)
-    return fmt.value(fmt.round(torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step)))) * step
+    return fmt.snap(torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step))) * step
 
 
 def roundup(value: int, multiple: int) -> int:

@@ -54,8 +54,8 @@ class FP8:
     def round(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
-    def value(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes.float()
+    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
+        return self.round(scaled).float()
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data, "weight_scale": codes.tensor_scale}

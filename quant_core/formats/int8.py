@@ -50,18 +50,18 @@ class INT8:
 
     def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> torch.Tensor:
         nearest = (blocks.abs().amax(-1) / INT8_MAX).clamp_(min=1e-30)
-        factors = (1.0, *(2.0 ** (-i / 16) for i in range(1, 9)))  # clipping a row's largest weights, down to x 0.71
-        scales = (nearest * factor for factor in factors)
+        factors = [2.0 ** (-i / 16) for i in range(9)]  # from 1: clipping a row's largest weights, down to x 0.71
+        scales = torch.stack([nearest * factor for factor in factors])
         return base.best_scale(blocks, importance, scales, lambda s: base.rounded(self, blocks, s))
 
     def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
         return scale
 
     def round(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.round().clamp_(-128, 127).to(torch.int8)
+        return self.snap(scaled).to(torch.int8)
 
-    def value(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes.float()
+    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.round().clamp_(-128, 127)
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data, "weight_scale": codes.scale}

@@ -72,7 +72,7 @@ class MXFP8:
         wanted = torch.log2((amax / E4M3_MAX).clamp(min=2.0**-BIAS)).ceil_().add_(BIAS).clamp_(0, 254)
         nearest = torch.where(amax == 0, 0, wanted).to(torch.int16)
         # one down saturates the largest weights, one up costs a bit of the small ones: both can win when weighted
-        exponents = ((nearest + shift).clamp(0, 254).to(torch.uint8) for shift in (0, -1, 1))
+        exponents = torch.stack([(nearest + shift).clamp_(0, 254).to(torch.uint8) for shift in (0, -1, 1)])
         return base.best_scale(blocks, importance, exponents, lambda e: base.rounded(self, blocks, exponent_value(e)))
 
     def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
@@ -81,8 +81,8 @@ class MXFP8:
     def round(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
-    def value(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes.float()
+    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
+        return self.round(scaled).float()
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data, "weight_scale": to_blocked(codes.scale, flatten=False)}

@@ -20,6 +20,7 @@ from .base import Codes, FileTensors, Layout, Shape, roundup
 BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+QUARTERS = 25  # of one: all above 6 rounds to 6
 
 
 class NVFP4:
@@ -77,12 +78,11 @@ class NVFP4:
         # all 126 (facts/peers.md §3.1)
         wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX)
         nearest = wanted.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-        shifts = sorted(range(-4, 9), key=abs)
-        codes = ((nearest + shift).clamp(0, 126).to(torch.uint8) for shift in shifts)
+        shifts = torch.tensor(sorted(range(-4, 9), key=abs), device=blocks.device, dtype=torch.int16).view(-1, 1, 1)
         best = base.best_scale(
             blocks,
             importance,
-            codes,
+            (nearest + shifts).clamp_(0, 126).to(torch.uint8),
             lambda code: base.rounded(self, blocks, self.step(code.view(torch.float8_e4m3fn), tensor_scale)),
         )
         return best.view(torch.float8_e4m3fn)
@@ -93,8 +93,8 @@ class NVFP4:
     def round(self, scaled: torch.Tensor) -> torch.Tensor:
         return round_e2m1(scaled)
 
-    def value(self, codes: torch.Tensor) -> torch.Tensor:
-        return e2m1_value(codes)
+    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
+        return snap_e2m1(scaled)
 
     def pack(self, codes: Codes) -> FileTensors:
         return {
@@ -135,6 +135,22 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
 def e2m1_value(code: torch.Tensor) -> torch.Tensor:
     """float32 value of E2M1 codes (uint8)."""
     return _values(code.device).index_select(0, code.reshape(-1).int()).view(code.shape)
+
+
+def snap_e2m1(x: torch.Tensor) -> torch.Tensor:
+    """float32 value of the nearest E2M1 code of finite x, at half the cost of code and value.
+
+    What x rounds to depends on the quarters below and above it alone: a tie lies on a quarter.
+    """
+    quarters = (x * 4).clamp_(-QUARTERS, QUARTERS)
+    place = quarters.floor().add_(quarters.ceil()).add_(2 * QUARTERS)
+    return _snapped(x.device).index_select(0, place.reshape(-1).int()).view(x.shape)
+
+
+@lru_cache
+def _snapped(device: torch.device) -> torch.Tensor:
+    places = torch.arange(-2 * QUARTERS, 2 * QUARTERS + 1) / 8  # a quarter each, and the middle between two
+    return e2m1_value(round_e2m1(places)).to(device)
 
 
 @lru_cache
