@@ -1,7 +1,8 @@
 """``calibquant demo``: the whole job on the small trained model that ships with the pack.
 
-Quantizes it by every recipe, once more to NVFP4 with the calibration that ships beside it, verifies each file, and, with a ComfyUI at hand, lets ComfyUI load each file and draw
-the ten digits: how many a classifier still reads, and how close the pictures are to the 16-bit model's.
+Quantizes it by every recipe, once more to NVFP4 with the calibration that ships beside it, verifies each file, and, with
+a ComfyUI at hand, lets ComfyUI load each file and draw the ten digits: how many a classifier still reads, and how close
+the pictures are to the 16-bit model's.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def _quantize_all(model: Path, out: Path) -> list[Row]:
 
 def _quantize(source: Source, recipe: recipes.Recipe, seen: Calibration | None, out: Path) -> Row:
     plan = recipes.make_plan(source, recipe)
-    name = recipe.name if seen is None else f"{recipe.name}, gptq"
-    path = out / f"digits-{name.replace(', ', '-')}.safetensors"
     rounding = "nearest" if seen is None else "gptq"
+    name = recipe.name if seen is None else f"{recipe.name}-{rounding}"
+    path = out / f"digits-{name}.safetensors"
     report = pipeline.quantize(source, plan, path, overwrite=True, calibration=seen, rounding=rounding)
     quality.verify(source, report)
     layers = ", ".join(f"{n} {title(fmt)}" for fmt, n in report.count().items())
