@@ -1,8 +1,8 @@
 """``calibquant demo``: the whole job on the small trained model that ships with the pack.
 
-Quantizes it by every recipe, once more to NVFP4 with the calibration that ships beside it, verifies each file, and, with
-a ComfyUI at hand, lets ComfyUI load each file and draw the ten digits: how many a classifier still reads, and how close
-the pictures are to the 16-bit model's.
+Quantizes it by every recipe, once more to NVFP4 with the calibration that ships beside it, verifies each file, and,
+with a ComfyUI at hand, lets ComfyUI load each file and draw the ten digits: how many a classifier still reads, and how
+close the pictures are to the 16-bit model's.
 """
 
 from __future__ import annotations

@@ -114,9 +114,7 @@ def _feed_back(
     return units, torch.stack(steps), None if scales[0] is None else torch.cat(scales, dim=1)
 
 
-def _refine(
-    wanted: torch.Tensor, units: torch.Tensor, steps: torch.Tensor, fmt: Format, hessian: torch.Tensor
-) -> None:
+def _refine(wanted: torch.Tensor, units: torch.Tensor, steps: torch.Tensor, fmt: Format, hessian: torch.Tensor) -> None:
     """Round each column of ``wanted`` [in, out] anew, given what all others leave, PASSES times; changes ``units``."""
     width, span = len(wanted), len(wanted) // len(steps)  # columns that a step holds for
     weight = hessian / hessian.diagonal().unsqueeze(1)  # its row i: how far column i moves for the errors of the others

@@ -82,9 +82,16 @@ def errors(h: Histogram, scale: Array, clip: Array) -> Array:
     s0, s1, s2 = (np.diff(p[bounds], axis=1) for p in h.sums)
     value = np.outer(scale, _GRID)
     inside = (s2 - 2 * value * s1 + value**2 * s0).sum(1)
-    at_clip = scale * _GRID[np.searchsorted(_MIDDLE, clip / scale)]
+    at_clip = scale * _GRID[_codes(clip / scale)]
     r0, r1, r2 = (p[-1] - p[top] for p in h.sums)
     return np.maximum(inside + r2 - 2 * at_clip * r1 + at_clip**2 * r0, 0.0)
+
+
+def _codes(x: Array) -> NDArray[np.int64]:
+    """Index in the grid of what positive numbers round to; a tie goes to the even code."""
+    code = np.searchsorted(_MIDDLE, x)
+    tie = np.append(_MIDDLE, np.inf)[code] == x
+    return code + (tie & (code % 2 == 1))
 
 
 def search(h: Histogram, scaled: bool = True) -> tuple[float, float]:

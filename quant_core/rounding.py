@@ -61,6 +61,24 @@ class _Inputs:
         return _Inputs(self.rows.float() * factor, stats)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One layer to round: its plan entry, weight [out, in], bias [out], inputs; ``where`` begins error messages."""
+
+    entry: LayerPlan
+    weight: torch.Tensor
+    where: str
+    bias: torch.Tensor | None
+    inputs: _Inputs | None
+
+    @property
+    def fmt(self) -> Format:
+        return FORMATS[self.entry.format]
+
+    def decode(self, packed: Packed) -> torch.Tensor:
+        return self.fmt.decode(packed.tensors, tuple(self.weight.shape))
+
+
 class Rounder:
     """Rounds the layers of one job. ``prefix`` is what layer names have in the file and not in the calibration."""
 
@@ -79,109 +97,101 @@ class Rounder:
 
         bias: float [out] of the layer, which may be corrected when the inputs are known.
         """
-        fmt = FORMATS[entry.format]
         seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
+        task = _Task(entry, weight, where, bias, _Inputs(self._rows(seen.group), seen) if seen else None)
         if entry.rounding == "hswq":
-            return self._hswq(weight, fmt, where, seen)
+            return self._hswq(task)
         if entry.pre_quant_scale:
-            return self._smoothed(entry, weight, fmt, where, seen, bias)
+            return self._smoothed(task)
         if weight.dim() != 2 or self._rounding == "nearest":
-            return Rounded(nearest(weight, fmt, self._device, where), "nearest")
-        if seen is None:
-            return self._without_inputs(weight, fmt, where)
-        factor = self._factor(seen, bias is not None) if self._rounding in (AUTO, "gptq") else ""
-        return self._with_inputs(entry, weight, fmt, where, _Inputs(self._rows(seen.group), seen), factor, bias)
+            return Rounded(nearest(weight, task.fmt, self._device, where), "nearest")
+        if task.inputs is None:
+            return self._without_inputs(task)
+        return self._best(task, self._factor(task.inputs.stats, bias is not None) if self._feeds_back else "")
 
-    def _without_inputs(self, weight: torch.Tensor, fmt: Format, where: str) -> Rounded:
+    @property
+    def _feeds_back(self) -> bool:
+        return self._rounding in (AUTO, "gptq")
+
+    def _without_inputs(self, task: _Task) -> Rounded:
         note = "" if self._calibration is None else "not in the calibration"
-        if self._rounding == AUTO and fmt.name not in SEARCH_PAYS:
-            return Rounded(nearest(weight, fmt, self._device, where), "nearest", note)
-        return Rounded(searched(weight, fmt, self._device, where), "search", note)
+        if self._rounding == AUTO and task.fmt.name not in SEARCH_PAYS:
+            return Rounded(nearest(task.weight, task.fmt, self._device, task.where), "nearest", note)
+        return Rounded(searched(task.weight, task.fmt, self._device, task.where), "search", note)
 
-    def _with_inputs(
-        self,
-        entry: LayerPlan,
-        weight: torch.Tensor,
-        fmt: Format,
-        where: str,
-        inputs: _Inputs,
-        factor: gptq.Factor | str,
-        bias: torch.Tensor | None,
-    ) -> Rounded:
-        """The best of all ways that were asked for and are possible. factor: for GPTQ, or why not ("": not asked)."""
-        packed = {"nearest": nearest(weight, fmt, self._device, where)}
+    def _best(self, task: _Task, factor: gptq.Factor | str) -> Rounded:
+        """Of all ways that were asked for and are possible the one with the least output error, weights only.
+
+        factor: for GPTQ, or why it is not possible ("": not asked for).
+        """
+        assert task.inputs is not None
+        stats, how = task.inputs.stats, (task.fmt, self._device, task.where)
+        packed = {"nearest": nearest(task.weight, *how)}
         if self._rounding != "nearest":
-            packed["search"] = searched(weight, fmt, self._device, where, inputs.stats.input_sqmean)
+            packed["search"] = searched(task.weight, *how, stats.input_sqmean)
         if isinstance(factor, gptq.Factor):
-            packed["gptq"] = by_gptq(weight, fmt, self._device, where, factor)
-        judge = Judge(weight, inputs.rows)
-        biases: dict[str, torch.Tensor] = {}
+            packed["gptq"] = by_gptq(task.weight, *how, factor)
+        judge = Judge(task.weight, task.inputs.rows)
         errors: dict[str, float] = {}
+        biases: dict[str, torch.Tensor] = {}
         for name, candidate in packed.items():
-            decoded = fmt.decode(candidate.tensors, tuple(weight.shape))
+            decoded = task.decode(candidate)
             errors[name] = judge.error(decoded)
-            if bias is not None and name != "nearest" and judge.measures_outputs:
-                corrected = (bias.float() + (weight.float().cpu() - decoded) @ inputs.stats.input_mean).to(bias.dtype)
+            if task.bias is not None and name != "nearest" and judge.measures_outputs:
+                corrected = _corrected(task.bias, task.weight, decoded, stats.input_mean)
                 biases[name + WITH_BIAS] = corrected
-                errors[name + WITH_BIAS] = judge.error(decoded, corrected.float() - bias.float())
+                errors[name + WITH_BIAS] = judge.error(decoded, corrected.float() - task.bias.float())
         best = min(reversed(errors), key=lambda name: errors[name])  # of equals the more elaborate
-        chosen = best.removesuffix(WITH_BIAS)
-        last, note = list(packed)[-1], factor if isinstance(factor, str) else ""
+        chosen, last = best.removesuffix(WITH_BIAS), list(packed)[-1]
+        note = factor if isinstance(factor, str) else ""
         if chosen != last:
             note = f"{last} was no better than {best} on the sampled inputs"
-        decoded = fmt.decode(packed[chosen].tensors, tuple(weight.shape))
-        shift = biases[best].float() - bias.float() if best in biases and bias is not None else None
-        loader = judge.error(decoded, shift, as_loaded(fmt, judge.rows, entry))
-        return Rounded(packed[chosen], best, note, errors, loader, bias=biases.get(best))
+        bias = biases.get(best)
+        shift = None if bias is None or task.bias is None else bias.float() - task.bias.float()
+        loader = judge.error(task.decode(packed[chosen]), shift, as_loaded(task.fmt, judge.rows, task.entry))
+        return Rounded(packed[chosen], best, note, errors, loader, bias=bias)
 
-    def _smoothed(
-        self,
-        entry: LayerPlan,
-        weight: torch.Tensor,
-        fmt: Format,
-        where: str,
-        seen: LayerStats | None,
-        bias: torch.Tensor | None,
-    ) -> Rounded:
+    def _smoothed(self, task: _Task) -> Rounded:
         """With ``pre_quant_scale``, of the alpha whose searched rounding has the least error as the loader runs it."""
-        if seen is None or not len(self._rows(seen.group)):
-            raise CalibQuantError(f"{where}: {smoothing.KEY} needs a calibration with rows of this layer: give one")
-        refuse_damaged(weight, where)
-        plain, tried = _Inputs(self._rows(seen.group), seen), {}
+        if task.inputs is None or not len(task.inputs.rows):
+            raise CalibQuantError(
+                f"{task.where}: {smoothing.KEY} needs a calibration with rows of this layer: give one"
+            )
+        refuse_damaged(task.weight, task.where)
+        tried = {}
         for alpha in smoothing.ALPHAS:
-            scale = smoothing.pre_quant_scale(weight, seen.input_absmean, alpha)
-            stretched, inputs = weight.float() / scale.float(), plain.scaled(scale.float())
-            fed = _rescaled(entry, seen, inputs.stats)
-            packed = searched(stretched, fmt, self._device, where, inputs.stats.input_sqmean)
-            judge = Judge(stretched, inputs.rows)
-            decoded = fmt.decode(packed.tensors, tuple(weight.shape))
-            tried[alpha] = judge.error(decoded, rows=as_loaded(fmt, judge.rows, fed)), scale, stretched, inputs, fed
+            scale = smoothing.pre_quant_scale(task.weight, task.inputs.stats.input_absmean, alpha)
+            stretched = _stretched(task, scale.float())
+            packed = searched(stretched.weight, task.fmt, self._device, task.where, stretched.inputs.stats.input_sqmean)
+            judge = Judge(stretched.weight, stretched.inputs.rows)
+            fed = as_loaded(task.fmt, judge.rows, stretched.entry)
+            tried[alpha] = judge.error(task.decode(packed), rows=fed), scale, stretched
         alpha = min(tried, key=lambda a: tried[a][0])
-        _, scale, stretched, inputs, fed = tried[alpha]
+        _, scale, stretched = tried[alpha]
         factor: gptq.Factor | str = ""
-        if self._rounding in (AUTO, "gptq"):
-            mean = None if bias is None else inputs.stats.input_mean.to(self._device)
-            factor = gptq.factor(inputs.rows.to(self._device), mean)
-        done = self._with_inputs(fed, stretched, fmt, where, inputs, factor, bias)
-        decoded = fmt.decode(done.packed.tensors, tuple(weight.shape)) * scale.float()
-        packed = Packed(done.packed.tensors, squared_distance(weight.float(), decoded), squared_norm(weight.float()))
+        if self._feeds_back:
+            mean = None if task.bias is None else stretched.inputs.stats.input_mean.to(self._device)
+            factor = gptq.factor(stretched.inputs.rows.to(self._device), mean)
+        done = self._best(stretched, factor)
+        weight = task.weight.float()
+        error = squared_distance(weight, task.decode(done.packed) * scale.float())  # of W, not of the stretched one
         extra = {smoothing.KEY: scale}
-        if fed.input_scale is not None:
-            extra["input_scale"] = torch.tensor(fed.input_scale)
+        if stretched.entry.input_scale is not None:
+            extra["input_scale"] = torch.tensor(stretched.entry.input_scale)
         note = "; ".join(filter(None, [f"inputs smoothed with alpha {alpha:g}", done.note]))
-        return replace(done, packed=packed, note=note, extra=extra)
+        return replace(done, packed=Packed(done.packed.tensors, error, squared_norm(weight)), note=note, extra=extra)
 
-    def _hswq(self, weight: torch.Tensor, fmt: Format, where: str, seen: LayerStats | None) -> Rounded:
-        if seen is None:
-            raise CalibQuantError(f"{where}: rounding hswq needs a calibration of this layer: give one")
-        plain = nearest(weight, fmt, self._device, where)  # raises the one error for NaN and Inf
-        found = hswq.histogram(weight, seen.input_absmean)
+    def _hswq(self, task: _Task) -> Rounded:
+        if task.inputs is None:
+            raise CalibQuantError(f"{task.where}: rounding hswq needs a calibration of this layer: give one")
+        plain = nearest(task.weight, task.fmt, self._device, task.where)  # raises the one error for NaN and Inf
+        found = hswq.histogram(task.weight, task.inputs.stats.input_absmean)
         gains = asdict(hswq.gains(found))
-        if fmt.config() is None:
+        if task.fmt.config() is None:
             return Rounded(plain, "nearest", gains=gains)
         amax = hswq.search(found)[0]
         scale = torch.tensor(amax / hswq.TOP if amax else 1.0)
-        return Rounded(nearest(weight, fmt, self._device, where, scale), "hswq", gains=gains)
+        return Rounded(nearest(task.weight, task.fmt, self._device, task.where, scale), "hswq", gains=gains)
 
     def _rows(self, group: str) -> torch.Tensor:
         sample = self._calibration.rows.get(group) if self._calibration else None
@@ -204,11 +214,21 @@ def _nbytes(kept: gptq.Factor | str) -> int:
     return 0 if isinstance(kept, str) else kept.nbytes
 
 
-def _rescaled(entry: LayerPlan, before: LayerStats, after: LayerStats) -> LayerPlan:
-    """The entry whose activation scale follows the largest input."""
-    if entry.input_scale is None:
-        return entry
-    return replace(entry, input_scale=entry.input_scale * float(after.input_amax.max() / before.input_amax.max()))
+def _corrected(
+    bias: torch.Tensor, weight: torch.Tensor, decoded: torch.Tensor, input_mean: torch.Tensor
+) -> torch.Tensor:
+    """The bias, in its own dtype, that takes up the mean error E[x] (W - Q)^T of the outputs."""
+    return (bias.float() + (weight.float().cpu() - decoded) @ input_mean).to(bias.dtype)
+
+
+def _stretched(task: _Task, scale: torch.Tensor) -> _Task:
+    """The same layer behind ``pre_quant_scale`` [in]: inputs times it, weight over it, activation scale to match."""
+    assert task.inputs is not None
+    entry, inputs = task.entry, task.inputs.scaled(scale)
+    if entry.input_scale is not None:
+        growth = float(inputs.stats.input_amax.max() / task.inputs.stats.input_amax.max())
+        entry = replace(entry, input_scale=entry.input_scale * growth)
+    return replace(task, entry=entry, weight=task.weight.float() / scale, inputs=inputs)
 
 
 class Judge:
