@@ -276,6 +276,20 @@ def test_smoothing_needs_inputs() -> None:
         )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_gptq_on_cuda_repeats_itself_and_is_as_good_as_on_the_cpu(name: str) -> None:
+    weight, seen, held_out = weights(256, 512), correlated(2048, 512, 1).bfloat16(), correlated(512, 512, 2)
+    packed = {}
+    for device in ("cpu", "cuda", "cuda"):
+        inputs = gptq.factor(seen.to(device))
+        before = packed.get(device)
+        packed[device] = pack.by_gptq(weight, FORMATS[name], torch.device(device), "w", inputs)
+        assert before is None or torch.equal(before.tensors["weight"], packed[device].tensors["weight"])
+    errors = {device: output_error(name, made, weight, held_out) for device, made in packed.items()}
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.05)
+
+
 def test_memory_is_bounded_by_the_width() -> None:
     """Peak memory of a whole process, in matrices of the width squared: H, U, and two more on the way.
 
