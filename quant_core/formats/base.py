@@ -60,6 +60,8 @@ class Format(Protocol):
     ) -> torch.Tensor | None:
         """The stored scale of each block with the least sum of importance * (q - w)**2; the nearest rule wins ties.
 
+        A format where searching gains nothing returns the nearest rule's.
+
         blocks: float32 [rows, blocks, group]; importance: float32 [blocks, group]; returns [rows, blocks] in the
         dtype of ``Codes.scale``, or None where blocks have no scale of their own.
         """

@@ -65,7 +65,7 @@ class MXFP8:
         return values.view(codes.data.shape)[: shape[0], : shape[1]]
 
     def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> torch.Tensor:
-        # No search: on the demo model neither one exponent less nor one more was better for any block (gain 0.00 %).
+        # No search: trying one exponent less and one more gained 0.00 % of output error, in GPTQ and without.
         return nearest_exponent(blocks)
 
     def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
