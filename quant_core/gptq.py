@@ -58,11 +58,11 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str
         return "the sampled inputs are constant or not finite"
     hessian.diagonal().add_(damping(distinct, x.shape[1]) * average)
     # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         return "the Hessian of the sampled inputs is not positive definite"
-    identity = torch.eye(len(hessian), device=hessian.device)
-    return Factor(hessian, torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
+    root = root.flip(0, 1)
+    return Factor(hessian, torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True))
 
 
 def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
@@ -82,11 +82,10 @@ def _quantize_rows(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor
 def _feed_back(
     left: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, upper: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One run over the columns of ``left`` [in, out], which is used up. Formats with groups choose a scale per group on
-    the way, others theirs before.
+    """One run over the columns of ``left`` [in, out], which is used up.
 
-    Returns the rounded weights in units of their steps [in, out], the steps [groups, out] ([1, out] or [1, 1] without
-    groups), and the stored scales.
+    Formats with groups choose a scale per group on the way, others theirs before. Returns the rounded weights in units
+    of their steps [in, out], the steps [groups, out] ([1, out] or [1, 1] without groups), and the stored scales.
     """
     units, cost = torch.empty_like(left), upper.diagonal().square().reciprocal()  # cost: [in]
     scales, steps = [], []
