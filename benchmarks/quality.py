@@ -302,11 +302,11 @@ def latent_table(demo: list[Made], floor: float, change: float, seeds: int) -> s
     ]
     base = demo[0].latent
     for one in demo:
-        cells = [f"{one.latent[way]:.5f} ({one.latent[way] / base[way]:.2f})" for way in ("weights", "loaded")]
+        cells = [f"{one.latent[way]:.2e} ({one.latent[way] / base[way]:.3f})" for way in ("weights", "loaded")]
         shown = f"{one.ssim:.4f} | {100 * one.read:.1f} %"
         lines.append(f"| {one.format}, {one.name} | {one.size} | {cells[0]} | {cells[1]} | {shown} |")
-    lines.append(f"| exact weights, FP4 activations | | | {floor:.5f} ({floor / base['loaded']:.2f}) | | |")
-    lines.append(f"| another seed, 16-bit model | | {change:.5f} | | | |")
+    lines.append(f"| exact weights, FP4 activations | | | {floor:.2e} ({floor / base['loaded']:.3f}) | | |")
+    lines.append(f"| another seed, 16-bit model | | {change:.2e} | | | |")
     return "\n".join(lines)
 
 

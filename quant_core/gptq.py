@@ -1,7 +1,8 @@
 """GPTQ: round one column after the other and let the columns still to come absorb the error; then refine.
 
 With H = E[x x^T] of the layer's inputs and U the upper Cholesky factor of H^-1, rounding column i changes the later
-columns by -(w_i - q_i) / U_ii * U_i,: (Frantar et al., arXiv 2210.17323). Scales are searched inside the loop, on the
+columns by -(w_i - q_i) / U_ii * U_i,: (Frantar et al., arXiv 2210.17323). Loud columns come first, when most others are
+left to absorb their error; those that share a scale stay together. Scales are searched inside the loop, on the
 columns as they are when their group is reached, weighted by 1 / U_ii^2: what an error in that column costs after the
 best compensation. Then every column is rounded again, now that the errors of the later ones are known too: coordinate
 descent on tr((W - Q) H (W - Q)^T) (Behdin et al., "QuantEase", arXiv 2309.01885).
@@ -23,15 +24,20 @@ LEAST_DAMPING, DAMPING = 0.01, 0.03  # of the mean diagonal; see damping()
 COLUMNS = 128  # whose updates to the rest are gathered into one matrix product
 ROWS = 4096  # of the weight at once, so that memory is bounded by H and not by the weight
 PASSES = 2  # of refinement: the first takes 17 % off the error, the second 4 %, two more 2 %
+SHARED = (32, 16)  # columns that may share a scale: MXFP8's and NVFP4's blocks
 MIN_ROWS = 32  # distinct; with fewer, GPTQ fits those and is worse than nearest on other inputs
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What GPTQ needs of the inputs of a group of layers: the damped H and U, both float32 [in, in]."""
+    """What GPTQ needs of the inputs of a group of layers: the damped H and U, both float32 [in, in].
+
+    order: int64 [in], the columns that rows and columns of H and U stand for.
+    """
 
     hessian: torch.Tensor
     upper: torch.Tensor
+    order: torch.Tensor
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +58,8 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str
     if distinct < MIN_ROWS:
         return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {MIN_ROWS}): calibrate on more"
     x = rows.float() if mean is None else rows.float() - mean
+    order = loud_first(x.square().mean(0))
+    x = x[:, order]
     hessian = (x.T @ x) / len(x)
     average = hessian.diagonal().mean()
     if not torch.isfinite(average) or average <= 0:
@@ -62,7 +70,18 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str
     if failed:
         return "the Hessian of the sampled inputs is not positive definite"
     root = root.flip(0, 1)
-    return Factor(hessian, torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True))
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True)
+    return Factor(hessian, upper, order)
+
+
+def loud_first(energy: torch.Tensor) -> torch.Tensor:
+    """int64 [in]: columns by falling energy [in], blocks of 32 and 16 kept together where they divide the width."""
+    order = torch.arange(len(energy), device=energy.device).unsqueeze(0)
+    for size in (*(s for s in SHARED if len(energy) % s == 0), 1):
+        parts = order.view(len(order), -1, size)
+        loudest = energy[parts].sum(-1).argsort(dim=1, descending=True, stable=True)
+        order = parts.gather(1, loudest.unsqueeze(-1).expand_as(parts)).reshape(-1, size)
+    return order.reshape(-1)
 
 
 def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
@@ -74,9 +93,12 @@ def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | Non
 
 def _quantize_rows(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
     # From here on weights are [in, out]: those of a column, which are rounded together, lie side by side in memory.
-    units, steps, scale = _feed_back(weight.T.contiguous(), fmt, tensor_scale, inputs.upper)
-    _refine(weight.T.contiguous(), units, steps, fmt, inputs.hessian)
-    return Codes(fmt.round(units.T.contiguous()), scale, tensor_scale)
+    wanted, back = weight.T[inputs.order], inputs.order.argsort()
+    units, steps, scale = _feed_back(wanted.clone(), fmt, tensor_scale, inputs.upper)
+    _refine(wanted, units, steps, fmt, inputs.hessian)
+    if fmt.group and scale is not None:
+        scale = scale.view(torch.uint8)[:, back[:: fmt.group] // fmt.group].view(scale.dtype)
+    return Codes(fmt.round(units[back].T.contiguous()), scale, tensor_scale)
 
 
 def _feed_back(
