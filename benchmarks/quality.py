@@ -96,9 +96,17 @@ def run(out: Path, seeds: int, runs: int) -> tuple[str, str]:
     compare(demo[-1], MODEL, held_out)
     wide_model, wide_seen, wide_held_out = make_wide(out)
     wide = quantize_all(wide_model, wide_seen, wide_held_out, out / "wide", ("nvfp4",), runs)
-    floor, change = sample_all(demo, seen, out, seeds)
-    shown = [one for one in demo if one.format == "NVFP4" or one.name.endswith(("nearest", "gptq"))]
-    return tuple(f"{layer_table(part, wide)}\n\n{latent_table(part, floor, change, seeds)}\n" for part in (demo, shown))
+    same = [*ours(MODEL, "nvfp4", "gptq"), "--calibration", str(held_out)]  # the prompts drawn below, other seeds
+    informed = make("NVFP4", "ours, gptq, calibrated on these prompts", MODEL, out / "demo" / "same", same)
+    drawn = [*demo[:3], informed, *demo[3:]]
+    floor, change = sample_all(drawn, seen, out, seeds)
+    short = [one for one in drawn if one.format == "NVFP4" or one.name.endswith(("nearest", "gptq"))]
+
+    def tables(part: list[Made]) -> str:
+        layers = layer_table([one for one in part if one in demo], wide)
+        return f"{layers}\n\n{latent_table(part, floor, change, seeds)}\n"
+
+    return tables(drawn), tables(short)
 
 
 # --- inputs ------------------------------------------------------------------------------------------------------
