@@ -111,7 +111,7 @@ def feedback(
 
     def variant(x: Layer) -> Decoded:
         with constants(PASSES=passes, LEAST_DAMPING=least):
-            inputs = gptq.factor(x.rows[:rows], x.mean if centered else None)
+            inputs = gptq.factor(x.rows[:: ROWS // rows], x.mean if centered else None)
             assert isinstance(inputs, gptq.Factor), inputs
             own = FORMATS[fmt].tensor_scale(x.weight.abs().amax())
             codes = gptq.quantize(x.weight, FORMATS[fmt], None if own is None else own * scale, inputs)

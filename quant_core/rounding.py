@@ -236,7 +236,7 @@ class Judge:
 
     def __init__(self, weight: torch.Tensor, rows: torch.Tensor, limit: int = JUDGED_ROWS) -> None:
         self._weight = weight.float().cpu()
-        self.rows = rows[:limit].float()
+        self.rows = rows[:: max(1, len(rows) // limit)][:limit].float()  # from all over: prompts come one after another
         self.measures_outputs = len(rows) > 0
         self._wanted = self.rows @ self._weight.T if self.measures_outputs else self._weight
         self._energy = self._wanted.square().sum().item()
