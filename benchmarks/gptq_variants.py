@@ -23,7 +23,7 @@ from quality import MODEL, ROOT, ROWS, calibrate_demo
 
 sys.path.insert(0, str(ROOT))
 
-from quant_core import calibration, gptq, pack
+from quant_core import calibration, gptq, pack, recipes
 from quant_core.formats import FORMATS
 from quant_core.source import Source
 
@@ -42,7 +42,7 @@ class Layer:
 
     def fp4(self, rows: torch.Tensor) -> torch.Tensor:
         """Inputs as a W4A4 kernel sees them, with the calibrated scale."""
-        return NVFP4.decode(NVFP4.kernel(rows, torch.tensor(self.amax / 2688)), tuple(rows.shape))
+        return NVFP4.decode(NVFP4.kernel(rows, torch.tensor(recipes.HEADROOM * self.amax / 2688)), tuple(rows.shape))
 
 
 Decoded = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # Q, or Q and what the bias changes by
