@@ -74,11 +74,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep files here (default: a temporary folder)")
     parser.add_argument("--seeds", type=int, default=4, help="per digit")
     parser.add_argument("--runs", type=int, default=1, help="of the timed commands")
+    parser.add_argument("--square", type=int, metavar="N", help="only time one N x N layer, and print that")
     parser.add_argument("--readme", action="store_true", help="replace the table in README.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
+        if options.square:
+            print(block_table(quantize_block(out, {"attn.o": (options.square, options.square)}, options.runs)))
+            return
         everything, short = run(out, options.seeds, options.runs)
     print(everything)
     if options.readme:
@@ -94,8 +98,7 @@ def run(out: Path, seeds: int, runs: int) -> tuple[str, str]:
     demo = quantize_all(MODEL, seen, held_out, out / "demo", ("nvfp4", "mxfp8", "fp8", "int8"), runs=1)
     demo.append(make("FP8 cast", "ours, nearest", MODEL, out / "demo" / "cast", ours(MODEL, "fp8-unscaled", "nearest")))
     compare(demo[-1], MODEL, held_out)
-    wide_model, wide_seen, wide_held_out = make_wide(out)
-    wide = quantize_all(wide_model, wide_seen, wide_held_out, out / "wide", ("nvfp4",), runs)
+    wide = quantize_block(out, WIDE, runs)
     same = [*ours(MODEL, "nvfp4", "gptq"), "--calibration", str(held_out)]  # the prompts drawn below, other seeds
     informed = make("NVFP4", "ours, gptq, calibrated on these prompts", MODEL, out / "demo" / "same", same)
     drawn = [*demo[:3], informed, *demo[3:]]
@@ -140,11 +143,15 @@ def calibrate_demo(out: Path) -> tuple[Path, Path]:
     return paths
 
 
-def make_wide(out: Path) -> tuple[Path, Path, Path]:
+def quantize_block(out: Path, shapes: dict[str, tuple[int, int]], runs: int) -> list[Made]:
+    return quantize_all(*make_block(out, shapes), out / "wide", ("nvfp4",), runs)
+
+
+def make_block(out: Path, shapes: dict[str, tuple[int, int]]) -> tuple[Path, Path, Path]:
     """One block's weights, and two calibrations from different draws of the same input distribution."""
     paths = out / "block.safetensors", out / "block-seen.calibration.safetensors", out / "block-held-out.safetensors"
     generator = torch.Generator().manual_seed(0)
-    weights = {f"blocks.0.{name}": heavy_tailed(*shape, generator) for name, shape in WIDE.items()}
+    weights = {f"blocks.0.{name}": heavy_tailed(*shape, generator) for name, shape in shapes.items()}
     save_file({f"{name}.weight": weight for name, weight in weights.items()}, paths[0])
     for path, seed in zip(paths[1:], (1, 2), strict=True):
         collector = calibration.Collector(lambda layer: "blocks.0.attn.q" if layer[-6:-1] == "attn." else "", ROWS)
@@ -296,6 +303,14 @@ def layer_table(demo: list[Made], wide: list[Made]) -> str:
             second = f"{other.errors[0]:.2e} ({other.errors[0] / wide[0].errors[0]:.2f})"
             seconds = spread(other.seconds, 1)
         lines.append(f"| {one.format}, {one.name} | {first} | {one.errors[1]:.2e} | {second} | {seconds} |")
+    return "\n".join(lines)
+
+
+def block_table(block: list[Made]) -> str:
+    lines = ["| | held-out output error | seconds min / median / max |", "|---|---|---|"]
+    for one in block:
+        error = f"{one.errors[0]:.2e} ({one.errors[0] / block[0].errors[0]:.2f})"
+        lines.append(f"| {one.format}, {one.name} | {error} | {spread(one.seconds, 1)} |")
     return "\n".join(lines)
 
 
