@@ -10,7 +10,6 @@ inputs in FP4 (W4A4). A bias takes up the mean error where it says so.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from quality import MODEL, ROOT, ROWS, calibrate_demo
-
-sys.path.insert(0, str(ROOT))
+from quality import MODEL, ROWS, calibrate_demo  # which makes quant_core importable
 
 from quant_core import calibration, gptq, pack, recipes
 from quant_core.formats import FORMATS

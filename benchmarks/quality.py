@@ -36,9 +36,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from timing import ROOT, measure, spread
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from comfy_env import SHIMS, require_comfyui, start_server  # noqa: E402
+from models import correlated  # noqa: E402
 from synthetic import weight as heavy_tailed  # noqa: E402
 
 from quant_core import calibration, digits  # noqa: E402
@@ -62,7 +63,7 @@ class Made:
     name: str
     path: Path
     seconds: list[float] = field(default_factory=list)
-    errors: tuple[float, float | None] = (0.0, None)
+    errors: tuple[float, float] = (0.0, 0.0)
     size: int = 0
     latent: dict[str, float] = field(default_factory=dict)  # "weights" or "loaded" -> relative error
     ssim: float = 0.0
@@ -81,7 +82,8 @@ def main() -> None:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
         if options.square:
-            print(block_table(quantize_block(out, {"attn.o": (options.square, options.square)}, options.runs)))
+            one = {"attn.o": (options.square, options.square)}
+            print(block_table(quantize_block(out / f"square-{options.square}", one, options.runs)))
             return
         everything, short = run(out, options.seeds, options.runs)
     print(everything)
@@ -96,11 +98,11 @@ def run(out: Path, seeds: int, runs: int) -> tuple[str, str]:
     """Tables of all files, and of those that the README shows."""
     seen, held_out = calibrate_demo(out)
     demo = quantize_all(MODEL, seen, held_out, out / "demo", ("nvfp4", "mxfp8", "fp8", "int8"), runs=1)
-    demo.append(make("FP8 cast", "ours, nearest", MODEL, out / "demo" / "cast", ours(MODEL, "fp8-unscaled", "nearest")))
+    demo.append(make("FP8 cast", "ours, nearest", out / "demo" / "cast", ours(MODEL, "fp8-unscaled", "nearest")))
     compare(demo[-1], MODEL, held_out)
-    wide = quantize_block(out, WIDE, runs)
+    wide = quantize_block(out / "wide", WIDE, runs)
     same = [*ours(MODEL, "nvfp4", "gptq"), "--calibration", str(held_out)]  # the prompts drawn below, other seeds
-    informed = make("NVFP4", "ours, gptq, calibrated on these prompts", MODEL, out / "demo" / "same", same)
+    informed = make("NVFP4", "ours, gptq, calibrated on these prompts", out / "demo" / "same", same)
     drawn = [*demo[:3], informed, *demo[3:]]
     floor, change = sample_all(drawn, seen, out, seeds)
     short = [one for one in drawn if one.format == "NVFP4" or one.name.endswith(("nearest", "gptq"))]
@@ -144,7 +146,8 @@ def calibrate_demo(out: Path) -> tuple[Path, Path]:
 
 
 def quantize_block(out: Path, shapes: dict[str, tuple[int, int]], runs: int) -> list[Made]:
-    return quantize_all(*make_block(out, shapes), out / "wide", ("nvfp4",), runs)
+    out.mkdir(exist_ok=True)
+    return quantize_all(*make_block(out, shapes), out, ("nvfp4",), runs)
 
 
 def make_block(out: Path, shapes: dict[str, tuple[int, int]]) -> tuple[Path, Path, Path]:
@@ -164,16 +167,6 @@ def make_block(out: Path, shapes: dict[str, tuple[int, int]]) -> tuple[Path, Pat
     return paths
 
 
-def correlated(rows: int, width: int, seed: int) -> torch.Tensor:
-    """Inputs float32 [rows, width]: low rank plus noise, with eight channels twenty times as loud."""
-    mixing = torch.randn(width // 16, width, generator=torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, len(mixing), generator=generator) @ mixing * 0.25
-    x += torch.randn(rows, width, generator=generator) * 0.5
-    x[:, :8] *= 20
-    return x
-
-
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -184,17 +177,13 @@ def quantize_all(model: Path, seen: Path, held_out: Path, out: Path, formats: tu
     for name in formats:
         for rounding in ("nearest", "search", "gptq"):
             command = [*ours(model, name, rounding), "--calibration", str(seen)]
-            made.append(make(title(name), f"ours, {rounding}", model, out / f"{name}-{rounding}", command, runs))
+            made.append(make(name.upper(), f"ours, {rounding}", out / f"{name}-{rounding}", command, runs))
         for mode in ("--simple", "learned") if name != "int8" else ():  # its INT8 needs a GPU's Triton
             command = theirs(model, name, mode, out)
-            made.append(make(title(name), f"convert_to_quant {mode}", model, out / f"{name}-{mode}", command, runs))
+            made.append(make(name.upper(), f"convert_to_quant {mode}", out / f"{name}-{mode}", command, runs))
     for one in made:
         compare(one, model, held_out)
     return made
-
-
-def title(name: str) -> str:
-    return name.upper()
 
 
 def ours(model: Path, recipe: str, rounding: str) -> list[str]:
@@ -213,7 +202,7 @@ def theirs(model: Path, recipe: str, mode: str, out: Path) -> list[str]:
     return [str(program), *words[1:], "--manual_seed", "0"]
 
 
-def make(fmt: str, name: str, model: Path, stem: Path, command: list[str], runs: int = 1) -> Made:
+def make(fmt: str, name: str, stem: Path, command: list[str], runs: int = 1) -> Made:
     path = stem.with_name(stem.name + ".safetensors")
     seconds = stem.with_name(stem.name + ".seconds.json")
     if not (path.exists() and seconds.exists()):

@@ -410,8 +410,11 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         try:
             info = json.loads(file.metadata[METADATA_KEY])
             groups = info.pop("groups")
-            if info["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format version {info['format_version']}")
+            version = info["format_version"]
+            if version != FORMAT_VERSION:
+                raise CalibQuantError(
+                    f"{file.path}: is a calibration of format version {version}, not {FORMAT_VERSION}: calibrate again"
+                )
             layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
             names = {stats.group for stats in layers.values() if f"{stats.group}.rows" in file.entries}
             rows = {n: Rows(file.read(f"{n}.rows"), file.read(f"{n}.row_keys").numpy()) for n in sorted(names)}

@@ -206,14 +206,19 @@ def _make_plan(source: Source, args: argparse.Namespace) -> Plan:
 
 
 def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Plan:
-    from . import recipes, smoothing
+    from . import recipes
 
     if calibration is None:
         raise OptionError("--pre-quant-scale needs --calibration C")
-    warning = smoothing.refuse_old_core()
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
     return recipes.smoothed(source, plan, calibration)
+
+
+def _check_core(plan: Plan) -> None:
+    """A plan with ``pre_quant_scale``, given or just made, is only for a ComfyUI that reads it."""
+    from . import smoothing
+
+    if any(entry.pre_quant_scale for entry in plan.layers.values()) and (warning := smoothing.refuse_old_core()):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _calibration(source: Source, args: argparse.Namespace) -> Calibration | None:
@@ -325,6 +330,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     with Source(args.file, args.architecture) as source:
         made = _make_plan(source, args)
+        _check_core(made)
         made.save(args.output)
         print(_plan_text(made, source))
         if args.print_convert_to_quant:
@@ -347,8 +353,11 @@ def _quantize(args: argparse.Namespace) -> None:
     decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None
     if bool(args.plan) == bool(decided):
         raise OptionError("give --plan PLAN.json, or --recipe NAME (one of the two)")
+    if args.plan and args.pre_quant_scale:
+        raise OptionError("--pre-quant-scale is for making a plan: give it to `calibquant plan`")
     with Source(args.file, args.architecture) as source:
         made = plan.load(args.plan) if args.plan else _make_plan(source, args)
+        _check_core(made)
         seen = _calibration(source, args)
         with Bar("quantize") as bar:
             report = pipeline.quantize(

@@ -23,6 +23,11 @@ LOADER_FIELDS = ("format", "full_precision_matrix_mult", "convrot", "convrot_gro
 
 def declared_formats(file: Headers, prefix: str = "") -> dict[str, str]:
     """Layer -> format as the file itself declares it, inline or in the header; a contradiction is an error."""
+    return {layer: config["format"] for layer, config in declared_configs(file, prefix).items()}
+
+
+def declared_configs(file: Headers, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Layer (as the file's tensors name it) -> everything that the two places declare of it, "format" at least."""
     configs: dict[str, Any] = {}
     for layer, config in header_layers(file).items():
         if layer.startswith(prefix) or layer + ".weight" not in file.entries:
@@ -31,13 +36,16 @@ def declared_formats(file: Headers, prefix: str = "") -> dict[str, str]:
         if key.endswith(".comfy_quant") and key.startswith(prefix):
             layer = key.removesuffix(".comfy_quant")
             inline = read_config(file, layer)
-            header = configs.setdefault(layer, inline)
+            header = configs.get(layer, inline)
             if _acted_on(file.path, layer, header) != _acted_on(file.path, layer, inline):
                 raise CalibQuantError(
                     f"{file.path}: layer {layer} is {inline} by its comfy_quant tensor and {header} by the header: "
                     "one of the two is wrong: quantize again"
                 )
-    return {layer: _acted_on(file.path, layer, config)["format"] for layer, config in configs.items()}
+            configs[layer] = {**header, **inline}
+    for layer, config in configs.items():
+        _acted_on(file.path, layer, config)
+    return configs
 
 
 def header_layers(file: Headers) -> dict[str, Any]:

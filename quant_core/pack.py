@@ -20,8 +20,6 @@ CANDIDATES = 16  # about as many scales as a search tries
 ROWS = 1024  # rows checked at once when nothing is rounded
 
 
-ROUNDINGS = ("nearest", "search", "gptq")
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -136,16 +134,16 @@ def _scan(flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, floa
     return amax, energy
 
 
-def refuse_damaged(weight: torch.Tensor, where: str) -> None:
-    """CalibQuantError for a weight with NaN or Inf values that is not rounded, only copied."""
-    if not all(torch.isfinite(chunk.float().abs().amax()) for chunk in weight.split(ROWS) if chunk.numel()):
-        raise CalibQuantError(_damaged(weight, where))
+def refuse_damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> None:
+    """CalibQuantError for a weight or bias with NaN or Inf values that is not rounded, only copied or corrected."""
+    if not all(torch.isfinite(chunk.float().abs().amax()) for chunk in tensor.split(ROWS) if chunk.numel()):
+        raise CalibQuantError(_damaged(tensor, where, what))
 
 
-def _damaged(weight: torch.Tensor, where: str) -> str:
-    bad = (~torch.isfinite(weight)).sum().item()
-    kind = "NaN" if torch.isnan(weight).any() else "Inf"
-    return f"{where}: the weight has {bad} {kind} values: the source file is damaged"
+def _damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> str:
+    bad = (~torch.isfinite(tensor)).sum().item()
+    kind = "NaN" if torch.isnan(tensor).any() else "Inf"
+    return f"{where}: the {what} has {bad} {kind} values: the source file is damaged"
 
 
 def _by_chunks(flat: torch.Tensor, fmt: Format, scale: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:

@@ -157,7 +157,9 @@ def _bias(source: Source, layer: str, merge: Merge) -> torch.Tensor | None:
     if key not in source.checkpoint.entries:
         return None
     bias = source.checkpoint.read(key)
-    return _merged(bias, key, merge).to(bias.dtype)
+    merged = _merged(bias, key, merge).to(bias.dtype)
+    refuse_damaged(merged, f"{source.path}: layer {layer}", "bias")
+    return merged
 
 
 def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:

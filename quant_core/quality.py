@@ -14,7 +14,7 @@ from .calibration import Calibration
 from .checkpoint import Checkpoint
 from .errors import CalibQuantError
 from .formats import FORMATS, SOURCE
-from .markers import FP8, declared_formats, header_layers, read_config
+from .markers import FP8, declared_configs
 from .modelfile import NATIVE
 from .pack import squared_distance, squared_norm
 from .plan import LayerPlan
@@ -33,7 +33,7 @@ class QuantizedFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.checkpoint = Checkpoint(path)
         self.prefix = split_prefix(self.checkpoint.entries)
-        self.formats = declared_formats(self.checkpoint, self.prefix)
+        self.configs = declared_configs(self.checkpoint, self.prefix)
 
     def __enter__(self) -> QuantizedFile:
         return self
@@ -44,7 +44,8 @@ class QuantizedFile:
     def format(self, layer: str) -> str:
         """The declared format, "float8_e4m3fn_unscaled" for bare FP8, else "bf16"."""
         dtype = self.checkpoint.entries[layer + ".weight"].dtype
-        return self.formats.get(layer) or ("float8_e4m3fn_unscaled" if dtype in FP8 else SOURCE)
+        declared = self.configs.get(layer, {}).get("format")
+        return declared or ("float8_e4m3fn_unscaled" if dtype in FP8 else SOURCE)
 
     def nbytes(self, layer: str) -> int:
         """Bytes of the layer's weight and of everything that belongs to its quantization."""
@@ -72,10 +73,8 @@ class QuantizedFile:
 
     def runs_as(self, layer: str) -> LayerPlan:
         """What the loader will do with the layer's inputs, as a plan's entry."""
-        inline = f"{layer}.comfy_quant" in self.checkpoint.entries and read_config(self.checkpoint, layer)
-        config = inline or header_layers(self.checkpoint).get(layer) or {}
         scale = self._optional(f"{layer}.input_scale")
-        full_precision = bool(config.get("full_precision_matrix_mult"))
+        full_precision = bool(self.configs.get(layer, {}).get("full_precision_matrix_mult"))
         return LayerPlan(self.format(layer), "", full_precision, None if scale is None else float(scale))
 
     def smoothing(self, layer: str) -> torch.Tensor | None:
@@ -94,8 +93,8 @@ class QuantizedFile:
             if fmt != SOURCE:
                 raise CalibQuantError(f"{path}: layer {layer}: format {fmt} cannot be decoded here")
             return {"weight": read(layer + ".weight")}
-        inline = f"{layer}.comfy_quant" in self.checkpoint.entries and read_config(self.checkpoint, layer)
-        if inline and (inline.get("convrot") or inline.get("params", {}).get("convrot")):
+        config = self.configs.get(layer, {})
+        if config.get("convrot") or config.get("params", {}).get("convrot"):
             raise CalibQuantError(f"{path}: layer {layer}: rotated INT8 (convrot) cannot be compared here")
         names = ("weight", "weight_scale", "weight_scale_2")
         return {n: read(f"{layer}.{n}") for n in names if f"{layer}.{n}" in self.checkpoint.entries}
@@ -156,7 +155,11 @@ def _verify_bias(
     before, after = source.checkpoint.read(key), quantized.checkpoint.read(key)
     if key in merge:
         before = merge[key](before.float()).to(before.dtype)
-    change = (after.float() - before.float()).norm().item()
+    if not layer.bias_change:  # to the bit, so that even a NaN that the source has may stay in a kept layer
+        same = torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+        change = 0.0 if same else float("nan")
+    else:
+        change = (after.float() - before.float()).norm().item()
     if not abs(change - layer.bias_change) <= TOLERANCE * layer.bias_change:
         raise CalibQuantError(
             f"{report.output}: the bias of layer {layer.name} differs by {change:.4e} from the source's, reported was "

@@ -107,11 +107,7 @@ class Rounder:
             return Rounded(nearest(weight, task.fmt, self._device, where), "nearest")
         if task.inputs is None:
             return self._without_inputs(task)
-        return self._best(task, self._factor(task.inputs.stats, bias is not None) if self._feeds_back else "")
-
-    @property
-    def _feeds_back(self) -> bool:
-        return self._rounding in (AUTO, "gptq")
+        return self._best(task, self._shared_factor(task.inputs, bias is not None))
 
     def _without_inputs(self, task: _Task) -> Rounded:
         note = "" if self._calibration is None else "not in the calibration"
@@ -168,11 +164,7 @@ class Rounder:
             tried[alpha] = judge.error(task.decode(packed), rows=fed), scale, stretched
         alpha = min(tried, key=lambda a: tried[a][0])
         _, scale, stretched = tried[alpha]
-        factor: gptq.Factor | str = ""
-        if self._feeds_back:
-            mean = None if task.bias is None else stretched.inputs.stats.input_mean.to(self._device)
-            factor = gptq.factor(stretched.inputs.rows.to(self._device), mean)
-        done = self._best(stretched, factor)
+        done = self._best(stretched, self._factor(stretched.inputs, task.bias is not None))
         weight = task.weight.float()
         error = squared_distance(weight, task.decode(done.packed) * scale.float())  # of W, not of the stretched one
         extra = {smoothing.KEY: scale}
@@ -197,13 +189,19 @@ class Rounder:
         sample = self._calibration.rows.get(group) if self._calibration else None
         return torch.empty(0, 0) if sample is None else sample.rows
 
-    def _factor(self, seen: LayerStats, centered: bool) -> gptq.Factor | str:
-        """The factor of a group's inputs; the most recent ones are kept, bounded in bytes."""
-        key = seen.group, centered
+    def _factor(self, inputs: _Inputs, centered: bool) -> gptq.Factor | str:
+        """What GPTQ needs, or why there is none ("": it was not asked for)."""
+        if self._rounding not in (AUTO, "gptq"):
+            return ""
+        if not len(inputs.rows):
+            return "no input rows were sampled"
+        return gptq.factor(inputs.rows.to(self._device), inputs.stats.input_mean.to(self._device) if centered else None)
+
+    def _shared_factor(self, inputs: _Inputs, centered: bool) -> gptq.Factor | str:
+        """The same for all layers of a group; the most recent ones are kept, bounded in bytes."""
+        key = inputs.stats.group, centered
         if key not in self._factors:
-            rows = self._rows(seen.group).to(self._device)
-            mean = seen.input_mean.to(self._device) if centered else None
-            self._factors[key] = gptq.factor(rows, mean) if len(rows) else "no input rows were sampled"
+            self._factors[key] = self._factor(inputs, centered)
             while len(self._factors) > 1 and sum(map(_nbytes, self._factors.values())) > FACTOR_BYTES:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(key)

@@ -171,6 +171,22 @@ def header_metadata(configs: Mapping[str, Mapping[str, object]]) -> dict[str, st
     return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": configs})}
 
 
+# --- inputs
+
+
+def correlated(rows: int, width: int, seed: int) -> torch.Tensor:
+    """Layer inputs float32 [rows, width]: low rank plus noise, with eight channels twenty times as loud.
+
+    Every seed draws from one distribution, so another seed is held-out data.
+    """
+    mixing = torch.randn(width // 16, width, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, len(mixing), generator=generator) @ mixing * 0.25
+    x += torch.randn(rows, width, generator=generator) * 0.5
+    x[:, :8] *= 20
+    return x
+
+
 # --- processes
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import correlated
 
 from quant_core import calibration, gptq, pack, rounding
 from quant_core.errors import CalibQuantError
@@ -20,16 +21,6 @@ from quant_core.plan import LayerPlan
 
 CPU = torch.device("cpu")
 QUANTIZING = [name for name in FORMATS if name != "float8_e4m3fn_unscaled"]
-
-
-def correlated(rows: int, width: int, seed: int) -> torch.Tensor:
-    """Inputs float32 [rows, width] of low rank plus noise, with eight loud channels."""
-    mixing = torch.randn(width // 16, width, generator=torch.Generator().manual_seed(7))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, len(mixing), generator=generator) @ mixing * 0.25
-    x += torch.randn(rows, width, generator=generator) * 0.5
-    x[:, :8] *= 20
-    return x
 
 
 def weights(rows: int, width: int, seed: int = 0) -> torch.Tensor:
