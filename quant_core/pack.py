@@ -20,7 +20,6 @@ CANDIDATES = 16  # about as many scales as a search tries
 ROWS = 1024  # rows checked at once when nothing is rounded
 
 
-
 @dataclass(frozen=True)
 class Packed:
     """The tensors of one layer as the file wants them, and what rounding cost.
@@ -72,9 +71,9 @@ def searched(
     rows = max(1, CHUNK // weight.shape[1] // fmt.rows) * fmt.rows
     flat = weight.to(device)
     amax, energy = _scan(flat, rows, where)
-    scale = _tensor_scale(flat, fmt, amax, importance)
-    ones = torch.ones(weight.shape[1], device=device)
-    per_column = ones if importance is None else importance.to(device)
+    per_column = torch.ones(weight.shape[1]) if importance is None else importance
+    per_column = per_column.to(device)
+    scale = _tensor_scale(flat, fmt, amax, per_column, rows)
     few = max(fmt.rows, rows // CANDIDATES // fmt.rows * fmt.rows)  # all candidates of a chunk are tried at once
     parts = [_search_chunk(chunk.float(), fmt, scale, per_column) for chunk in flat.split(few)]
     error = sum(
@@ -100,14 +99,21 @@ def _search_chunk(chunk: torch.Tensor, fmt: Format, scale: torch.Tensor | None, 
 
 
 def _tensor_scale(
-    flat: torch.Tensor, fmt: Format, amax: torch.Tensor, importance: torch.Tensor | None
+    flat: torch.Tensor, fmt: Format, amax: torch.Tensor, importance: torch.Tensor, rows: int
 ) -> torch.Tensor | None:
     """The format's own per-tensor scale, or a searched one where the tensor's scale is all there is."""
-    scale = fmt.tensor_scale(amax)
-    if fmt.group or scale is None or fmt.config() is None or amax == 0:
-        return scale
-    best, _ = hswq.search(hswq.histogram(flat.cpu(), importance))
-    return torch.tensor(best / hswq.TOP, device=flat.device)
+    own = fmt.tensor_scale(amax)
+    if fmt.group or own is None or fmt.config() is None or amax == 0:
+        return own
+    best, _ = hswq.search(hswq.histogram(flat.cpu(), importance.cpu()))
+    found = torch.tensor(best / hswq.TOP, device=flat.device)
+
+    def cost(scale: torch.Tensor) -> float:
+        chunks = (chunk.float() for chunk in flat.split(rows))
+        return sum(((fmt.snap(x / scale) * scale - x).square() @ importance).sum().item() for x in chunks)
+
+    # The histogram is exact for 16-bit weights only; of float32 ones (a baked LoRA) it keeps ten mantissa bits.
+    return found if cost(found) < cost(own) else own
 
 
 def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
