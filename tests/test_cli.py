@@ -71,6 +71,12 @@ def test_smoothing_only_for_a_core_that_reads_it(
     if not reads:
         assert "ignores pre_quant_scale" in err and str(core) in err and err.count("\n") == 1
         return
+    plan = tmp_path / "p.json"
+    call(capsys, "plan", DEMO, "--recipe", "nvfp4", "--calibration", CALIBRATION, "--pre-quant-scale", "-o", plan)
+    (core / "comfy" / "quant_ops.py").write_text("")  # a plan from elsewhere, for a core that cannot read its file
+    again = ["quantize", DEMO, "-o", tmp_path / "no.safetensors", "--plan", plan, "--calibration", CALIBRATION]
+    assert "ignores pre_quant_scale" in call(capsys, *again, code=1)[1]
+    call(capsys, *again, "--pre-quant-scale", code=2)
     out, _ = call(capsys, "compare", DEMO, output, "--calibration", CALIBRATION)
     assert out.splitlines()[1].split() == ["weights", "outputs", "as", "loaded", "format", "bytes", "layer"]
     assert "blocks.0.ffn.2" in out and "as the loader runs it" in out

@@ -199,6 +199,28 @@ def test_gptq_makes_the_same_bytes_twice_and_the_planned_size(tmp_path: Path) ->
     assert nearest.stat().st_size == one.stat().st_size
 
 
+def test_a_bias_that_is_not_finite_is_named(output: Path, tmp_path: Path) -> None:
+    tensors = models.wan()
+    key = next(k for k in tensors if k.startswith("blocks.0.") and k.endswith(".bias"))
+    tensors[key] = tensors[key].index_fill(0, torch.tensor([1]), float("nan"))
+    path = models.save(tmp_path / "m.safetensors", tensors)
+    message = f"{re.escape(str(path))}: layer {re.escape(key.removesuffix('.bias'))}: the bias has 1 NaN values"
+    with pytest.raises(CalibQuantError, match=message):
+        quantize(path, "mxfp8", output)
+    assert not output.exists()
+
+
+def test_the_weight_only_switch_is_read_from_a_header_without_prefix(output: Path, tmp_path: Path) -> None:
+    """As some tools write it: tensors with the prefix, layers in the header without, no inline tensors."""
+    quantize(models.save(tmp_path / "m.safetensors", models.zimage()), "fp8", output)
+    found = reference.File(output)
+    tensors = {k: t for k, t in found.tensors.items() if not k.endswith(".comfy_quant")}
+    headers = {models.PREFIX + k: t for k, t in tensors.items()}
+    path = models.save(tmp_path / "p.safetensors", headers, models.header_metadata(found.configs()))
+    with quality.QuantizedFile(path) as quantized:
+        assert quantized.runs_as(models.PREFIX + LAYER).full_precision
+
+
 def test_verify_notices_a_bias_that_is_not_as_reported(output: Path) -> None:
     report, _ = demo(output, "gptq")
     layer = next(layer for layer in report.layers if layer.bias_change)

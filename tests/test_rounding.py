@@ -150,6 +150,27 @@ def test_gptq_says_why_it_cannot(rows: torch.Tensor, reason: str) -> None:
     assert reason in str(gptq.factor(rows))
 
 
+def test_gptq_says_so_when_the_hessian_is_not_positive_definite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "damping", lambda distinct, width: -2.0)
+    assert gptq.factor(correlated(256, 32, 1)) == "the Hessian of the sampled inputs is not positive definite"
+
+
+def test_layers_that_share_an_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    factor = gptq.factor
+    monkeypatch.setattr(gptq, "factor", lambda *inputs: made.append(inputs) or factor(*inputs))
+    weight, x = weights(64, 64), correlated(256, 64, 1)
+    collector = calibration.Collector(lambda layer: "attention" if layer in "qkv" else "")
+    collector.start_run("run")
+    for layer in "qkvo":
+        collector.add(layer, x, x @ weight.T)
+    collector.finish_run()
+    rounder = rounding.Rounder(CPU, collector.result(), "gptq")
+    for layer in "qkvo":
+        assert rounder.round(layer, LayerPlan("nvfp4", ""), weight, "w").rounding == "gptq"
+    assert len(made) == 2
+
+
 def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
     weight, x = weights(256, 256), correlated(1024, 256, 1)
     done = rounding.Rounder(CPU, calibrated(weight, x), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "w")
