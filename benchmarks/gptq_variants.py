@@ -20,9 +20,11 @@ from statistics import fmean
 import torch
 from quality import MODEL, ROWS, calibrate_demo  # which makes quant_core importable
 
-from quant_core import calibration, gptq, pack, recipes
+from quant_core.evidence import calibration
 from quant_core.formats import FORMATS
-from quant_core.source import Source
+from quant_core.models.source import Source
+from quant_core.planning import recipes
+from quant_core.rounding import gptq, pack
 
 CPU = torch.device("cpu")
 NVFP4 = FORMATS["nvfp4"]

@@ -19,8 +19,8 @@ import torch
 from timing import spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from quant_core import hswq
-from quant_core.measure import E4M3_GRID
+from quant_core.evidence.measure import E4M3_GRID
+from quant_core.rounding import hswq
 
 SIZE = 4096
 

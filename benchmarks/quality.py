@@ -42,8 +42,10 @@ from comfy_env import SHIMS, require_comfyui, start_server  # noqa: E402
 from models import correlated  # noqa: E402
 from synthetic import weight as heavy_tailed  # noqa: E402
 
-from quant_core import calibration, digits  # noqa: E402
-from quant_core.demo import ssim  # noqa: E402
+from quant_core.demo import digits  # noqa: E402
+from quant_core.demo.run import ssim  # noqa: E402
+from quant_core.evidence import calibration  # noqa: E402
+from quant_core.evidence.collector import Collector  # noqa: E402
 
 MODEL = ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
 PROMPTS = ROOT / "workflows" / "promptsets" / "digits.safetensors"
@@ -157,7 +159,7 @@ def make_block(out: Path, shapes: dict[str, tuple[int, int]]) -> tuple[Path, Pat
     weights = {f"blocks.0.{name}": heavy_tailed(*shape, generator) for name, shape in shapes.items()}
     save_file({f"{name}.weight": weight for name, weight in weights.items()}, paths[0])
     for path, seed in zip(paths[1:], (1, 2), strict=True):
-        collector = calibration.Collector(lambda layer: "blocks.0.attn.q" if layer[-6:-1] == "attn." else "", ROWS)
+        collector = Collector(lambda layer: "blocks.0.attn.q" if layer[-6:-1] == "attn." else "", ROWS)
         collector.start_run("synthetic")
         for name, weight in weights.items():
             x = correlated(ROWS, weight.shape[1], seed)

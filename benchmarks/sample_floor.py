@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "nodes")]
 
 import sample_digits  # noqa: E402
 
-from quant_core import calibration  # noqa: E402
+from quant_core.evidence import calibration  # noqa: E402
 from quant_core.formats import FORMATS  # noqa: E402
 
 

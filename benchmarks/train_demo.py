@@ -32,7 +32,7 @@ from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run from a checkout, installed or not
-digits = importlib.import_module("quant_core.digits")
+digits = importlib.import_module("quant_core.demo.digits")
 MODEL = ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
 VAE = ROOT / "workflows" / "vae" / "calibquant_digits_vae.safetensors"
 PROMPT_SET = ROOT / "workflows" / "promptsets" / "digits.safetensors"

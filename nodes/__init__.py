@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import comfyui
 from .calibrate import (
     CalibQuantCalibrate,
     CalibQuantLoadCalibration,
     CalibQuantMonitor,
     CalibQuantSaveCalibration,
 )
+from .comfyui import folders
 from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
 from .prompts import CalibQuantLoadPromptSet, CalibQuantPromptSet
@@ -24,7 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 class CalibQuantExtension(ComfyExtension):
     async def on_load(self) -> None:
-        comfyui.register_folders()
+        folders.register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

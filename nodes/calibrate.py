@@ -9,11 +9,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..quant_core import calibration as engine
 from ..quant_core.errors import CalibQuantError
-from . import comfyui
-from .comfyui import SamplerSettings
+from ..quant_core.evidence import calibration as engine
+from .comfyui import feedback, folders, patches, sampling
+from .comfyui.sampling import SamplerSettings
 from .recorder import CalibrationHandle, Recorder, summary
+from .types import CATEGORY, CalibrationType, ConditioningSetType
 
 NONE = "none"
 _MONITORS: dict[Path, Recorder] = {}  # one per file, for as long as ComfyUI runs
@@ -36,7 +37,7 @@ class CalibQuantMonitor(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantMonitor",
             display_name="Monitor Calibration",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Put it between the model and your sampler: collects what each layer sees while you make "
             "pictures as ever. The pictures stay the same, bit for bit.",
             search_aliases=["calibrate", "activations", "statistics"],
@@ -56,7 +57,7 @@ class CalibQuantMonitor(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The same model, watched. Link it to your sampler."),
-                comfyui.CalibrationType.Output("calibration", tooltip="What was collected so far; grows run by run."),
+                CalibrationType.Output("calibration", tooltip="What was collected so far; grows run by run."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -67,11 +68,11 @@ class CalibQuantMonitor(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, name: str, rows: int, reset: bool) -> io.NodeOutput:
-        path, node_id = comfyui.saved_calibration_path(name), cls.hidden.unique_id
+        path, node_id = folders.saved_calibration_path(name), cls.hidden.unique_id
         recorder = _MONITORS.setdefault(path, Recorder(path))
-        recorder.prepare(*comfyui.identify(model), rows, reset)
-        recorder.report = lambda text: comfyui.show(node_id, text)
-        return io.NodeOutput(comfyui.observe(model, recorder), CalibrationHandle(recorder.current))
+        recorder.prepare(*patches.identify(model), rows, reset)
+        recorder.report = lambda text: feedback.show(node_id, text)
+        return io.NodeOutput(sampling.observe(model, recorder), CalibrationHandle(recorder.current))
 
 
 class CalibQuantCalibrate(io.ComfyNode):
@@ -80,14 +81,14 @@ class CalibQuantCalibrate(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantCalibrate",
             display_name="Calibrate",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Samples prompts with the model and collects what each layer sees. No KSampler is needed.",
             search_aliases=["calibration", "activations", "statistics"],
             inputs=[
                 io.Model.Input("model", tooltip="The 16-bit model you want to quantize, with or without LoRAs."),
                 io.MultiType.Input(
                     "conditioning",
-                    types=[comfyui.ConditioningSetType, io.Conditioning],
+                    types=[ConditioningSetType, io.Conditioning],
                     tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
                 ),
                 *_sampling_inputs(),
@@ -96,7 +97,7 @@ class CalibQuantCalibrate(io.ComfyNode):
                     "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
                 ),
             ],
-            outputs=[comfyui.CalibrationType.Output("calibration", tooltip="What all samples together showed.")],
+            outputs=[CalibrationType.Output("calibration", tooltip="What all samples together showed.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -108,11 +109,11 @@ class CalibQuantCalibrate(io.ComfyNode):
         if cfg != 1 and negative is None:
             raise CalibQuantError(f"cfg {cfg:g} needs a negative prompt: link one to negative, or set cfg to 1")
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
-        architecture, identity = comfyui.identify(model)
+        architecture, identity = patches.identify(model)
         name = Path(identity.get("source_file", architecture.name)).stem
-        recorder = Recorder(comfyui.new_calibration_path(f"unfinished/{name}"), patient=True)
+        recorder = Recorder(folders.new_calibration_path(f"unfinished/{name}"), patient=True)
         recorder.prepare(architecture, identity, rows)
-        latent = comfyui.empty_latent(model, width, height, frames)
+        latent = sampling.empty_latent(model, width, height, frames)
         jobs = [(*prompt, seed + i) for i, prompt in enumerate(_in_turn(_prompts(conditioning), samples))]
         try:
             _sample_all(model, jobs, negative, latent, settings, recorder, cls.hidden.unique_id)
@@ -135,8 +136,8 @@ def _sampling_inputs() -> list[Any]:
             "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
             tooltip="As you use the model: 1 for turbo, distilled and Flux models. Above 1 link negative.",
         ),
-        io.Combo.Input("sampler_name", options=comfyui.SAMPLERS, default="euler", tooltip="As you use the model."),
-        io.Combo.Input("scheduler", options=comfyui.SCHEDULERS, default="simple", tooltip="As you use the model."),
+        io.Combo.Input("sampler_name", options=sampling.SAMPLERS, default="euler", tooltip="As you use the model."),
+        io.Combo.Input("scheduler", options=sampling.SCHEDULERS, default="simple", tooltip="As you use the model."),
         io.Int.Input("width", default=1024, **size, tooltip="Pixels. Take the size you use most."),
         io.Int.Input("height", default=1024, **size, tooltip="Pixels. Take the size you use most."),
         io.Int.Input("frames", default=1, min=1, max=16384, tooltip="Video models only: frames of each sample."),
@@ -162,7 +163,7 @@ def _sample_all(
     model: Any, jobs: list[tuple[str, Any, int]], negative: Any, latent: Any, settings: SamplerSettings,
     recorder: Recorder, node_id: str | None,
 ) -> None:  # fmt: skip
-    observed, progress = comfyui.observe(model, recorder), comfyui.preview_progress(len(jobs) * settings.steps)
+    observed, progress = sampling.observe(model, recorder), feedback.preview_progress(len(jobs) * settings.steps)
     clock = _Clock(len(jobs) * settings.steps)
     for i, (text, positive, seed) in enumerate(jobs):
         recorder.labels = {**({"prompts": text} if text else {}), "scheduler": settings.scheduler}
@@ -170,10 +171,10 @@ def _sample_all(
         def step(done: int, of: int, preview: Any, i: int = i, text: str = text) -> None:
             total = i * settings.steps + settings.steps * done // of
             progress(total, preview)
-            clock.tell(total, lambda left: comfyui.show(node_id, f"sample {i + 1} of {len(jobs)} · {left}\n{text}"))
+            clock.tell(total, lambda left: feedback.show(node_id, f"sample {i + 1} of {len(jobs)} · {left}\n{text}"))
 
         # At cfg 1 the negative prompt is not evaluated; the sampler wants one all the same.
-        comfyui.draw(observed, positive, negative or positive, latent, settings, seed, step)
+        sampling.draw(observed, positive, negative or positive, latent, settings, seed, step)
 
 
 class _Clock:
@@ -202,11 +203,11 @@ class CalibQuantSaveCalibration(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantSaveCalibration",
             display_name="Save Calibration",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Saves a calibration as one file, merged with an earlier one if you like.",
             is_output_node=True,
             inputs=[
-                comfyui.CalibrationType.Input("calibration", tooltip="From Calibrate or Monitor Calibration."),
+                CalibrationType.Input("calibration", tooltip="From Calibrate or Monitor Calibration."),
                 io.String.Input(
                     "filename_prefix",
                     default="my_model",
@@ -214,7 +215,7 @@ class CalibQuantSaveCalibration(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "merge_with",
-                    options=[NONE, *comfyui.calibration_names()],
+                    options=[NONE, *folders.calibration_names()],
                     default=NONE,
                     optional=True,
                     tooltip="Add up with this file of the same model, as if both were calibrated in one go.",
@@ -231,7 +232,7 @@ class CalibQuantSaveCalibration(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, merge_with: str = NONE, **_: object) -> str:
-        return "" if merge_with == NONE else comfyui.calibration_fingerprint(merge_with)
+        return "" if merge_with == NONE else folders.calibration_fingerprint(merge_with)
 
     @classmethod
     def execute(
@@ -241,9 +242,9 @@ class CalibQuantSaveCalibration(io.ComfyNode):
         if not found.layers:
             raise CalibQuantError("nothing was collected yet: link the sampler's LATENT to after, which makes it wait")
         if merge_with != NONE:
-            other = engine.load(comfyui.calibration_path(merge_with))
+            other = engine.load(folders.calibration_path(merge_with))
             found = engine.merge(found, other, max(c.info.get("rows", engine.ROWS) for c in (found, other)))
-        path = comfyui.new_calibration_path(filename_prefix)
+        path = folders.new_calibration_path(filename_prefix)
         engine.save(found, path)
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}\n{summary(found)}"))
 
@@ -254,23 +255,23 @@ class CalibQuantLoadCalibration(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantLoadCalibration",
             display_name="Load Calibration",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Loads a calibration file.",
             inputs=[
                 io.Combo.Input(
                     "calibration_name",
-                    options=comfyui.calibration_names(),
+                    options=folders.calibration_names(),
                     tooltip="A file from output/calibrations or models/calibquant_calibrations, or the demo model's.",
                 )
             ],
-            outputs=[comfyui.CalibrationType.Output("calibration", tooltip="What the file holds.")],
+            outputs=[CalibrationType.Output("calibration", tooltip="What the file holds.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, calibration_name: str) -> str:
-        return comfyui.calibration_fingerprint(calibration_name)
+        return folders.calibration_fingerprint(calibration_name)
 
     @classmethod
     def execute(cls, calibration_name: str) -> io.NodeOutput:
-        found = engine.load(comfyui.calibration_path(calibration_name))
+        found = engine.load(folders.calibration_path(calibration_name))
         return io.NodeOutput(CalibrationHandle(lambda: found), ui=ui.PreviewText(summary(found)))

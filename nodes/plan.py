@@ -8,17 +8,18 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..quant_core import convert_to_quant, recipes, scoring
-from ..quant_core.calibration import Calibration
 from ..quant_core.errors import CalibQuantError
+from ..quant_core.evidence.calibration import Calibration
+from ..quant_core.evidence.probe import Probe
+from ..quant_core.files.text import gigabytes
 from ..quant_core.formats import title
-from ..quant_core.plan import Plan
-from ..quant_core.probe import Probe
-from ..quant_core.source import Source
-from ..quant_core.textfile import gigabytes
-from . import comfyui
+from ..quant_core.models.source import Source
+from ..quant_core.planning import convert_to_quant, recipes, scoring
+from ..quant_core.planning.plan import Plan
+from .comfyui import folders, patches
 from .probe import percentile_inputs, probe_file
 from .recorder import CalibrationHandle
+from .types import CATEGORY, CalibrationType, PlanType, ProbeType
 
 _TYPES = list(convert_to_quant.TYPES)
 
@@ -29,13 +30,13 @@ class CalibQuantPlan(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantPlan",
             display_name="Quantization Plan",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Decides a format for every layer of a 16-bit model, with a reason and the exact file size.",
             search_aliases=["quantize", "nvfp4", "mxfp8", "fp8", "int8"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=comfyui.model_names(),
+                    options=folders.model_names(),
                     tooltip="The 16-bit model file to quantize. All-in-one checkpoints are listed as checkpoints/NAME.",
                 ),
                 io.DynamicCombo.Input(
@@ -51,13 +52,13 @@ class CalibQuantPlan(io.ComfyNode):
                     "probe of the weights: quant_probe's score (percentiles) the measured error (keep_ratio); "
                     "or HSWQ's rule from a calibration.",
                 ),
-                comfyui.ProbeType.Input(
+                ProbeType.Input(
                     "probe",
                     optional=True,
                     tooltip="From Probe Model Weights, of the same file. Without it, percentiles and keep_ratio probe "
                     "the file themselves.",
                 ),
-                comfyui.CalibrationType.Input(
+                CalibrationType.Input(
                     "calibration",
                     optional=True,
                     tooltip="From Load Calibration or Calibrate, of the same model. FP8 and NVFP4 layers then get "
@@ -79,12 +80,12 @@ class CalibQuantPlan(io.ComfyNode):
                     "do not fit such a file.",
                 ),
             ],
-            outputs=[comfyui.PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
+            outputs=[PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
-        return comfyui.fingerprint(model_name)
+        return folders.fingerprint(model_name)
 
     @classmethod
     def execute(
@@ -97,8 +98,8 @@ class CalibQuantPlan(io.ComfyNode):
         pre_quant_scale: bool = False,
     ) -> io.NodeOutput:
         if pre_quant_scale:
-            comfyui.require_pre_quant_scale()
-        with Source(comfyui.model_path(model_name)) as source:
+            patches.require_pre_quant_scale()
+        with Source(folders.model_path(model_name)) as source:
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)

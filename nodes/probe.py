@@ -7,12 +7,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..quant_core import architectures, probe, scoring
+from ..quant_core.evidence import probe
+from ..quant_core.evidence.probe import LayerProbe, Probe
+from ..quant_core.files.text import gigabytes
 from ..quant_core.formats import title
-from ..quant_core.probe import LayerProbe, Probe
-from ..quant_core.scoring import Scored, ScoreOptions
-from ..quant_core.textfile import gigabytes
-from . import comfyui
+from ..quant_core.models import architectures
+from ..quant_core.planning import scoring
+from ..quant_core.planning.scoring import Scored, ScoreOptions
+from .comfyui import feedback, folders
+from .types import CATEGORY, ProbeType
 
 FAMILY, CUSTOM = "family", "custom"
 STATISTICS = ("kurtosis", "dynamic_range", "outlier_share", "row_spread", "block16_spread", "block32_spread", "std")
@@ -26,7 +29,7 @@ class CalibQuantProbe(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantProbe",
             display_name="Probe Model Weights",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Reads every weight of a model file once and shows, layer by layer, its statistics and the "
             "error that each format would cost. No prompts, no sampling, no GPU.",
             search_aliases=["quantize", "kurtosis", "heatmap", "quant_probe"],
@@ -34,7 +37,7 @@ class CalibQuantProbe(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=comfyui.model_names(),
+                    options=folders.model_names(),
                     tooltip="The 16-bit model file to probe. All-in-one checkpoints are listed as checkpoints/NAME.",
                 ),
                 io.Boolean.Input(
@@ -53,12 +56,12 @@ class CalibQuantProbe(io.ComfyNode):
                     "others 75/90), or your own.",
                 ),
             ],
-            outputs=[comfyui.ProbeType.Output("probe", tooltip="Statistics and errors of every layer, for a plan.")],
+            outputs=[ProbeType.Output("probe", tooltip="Statistics and errors of every layer, for a plan.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
-        return comfyui.fingerprint(model_name)
+        return folders.fingerprint(model_name)
 
     @classmethod
     def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any]) -> io.NodeOutput:
@@ -107,9 +110,9 @@ def probe_file(model_name: str) -> Probe:
 
     Raises CalibQuantError for a quantized or damaged file; a cancel raises ComfyUI's own exception.
     """
-    key = (model_name, comfyui.fingerprint(model_name))
+    key = (model_name, folders.fingerprint(model_name))
     if key not in _latest:
-        probed = probe.probe(comfyui.model_path(model_name), progress=comfyui.progress()(0))
+        probed = probe.probe(folders.model_path(model_name), progress=feedback.progress()(0))
         _latest.clear()
         _latest[key] = probed
     return _latest[key]

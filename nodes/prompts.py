@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..quant_core.checkpoint import Checkpoint, TensorSpec, Writer
 from ..quant_core.errors import CalibQuantError
-from . import comfyui
+from ..quant_core.files.checkpoint import Checkpoint, TensorSpec, Writer
+from .comfyui import feedback, folders
+from .types import CATEGORY, ConditioningSetType
 
 METADATA_KEY = "calibquant_promptset"
 
@@ -22,7 +23,7 @@ class CalibQuantPromptSet(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantPromptSet",
             display_name="Encode Prompt Set",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Encodes a list of prompts and saves it; Load Prompt Set then needs no text encoder.",
             is_output_node=True,
             inputs=[
@@ -39,17 +40,17 @@ class CalibQuantPromptSet(io.ComfyNode):
                     tooltip="File name below output/promptsets. A file of that name is replaced.",
                 ),
             ],
-            outputs=[comfyui.ConditioningSetType.Output("prompt_set", tooltip="The encoded prompts, for Calibrate.")],
+            outputs=[ConditioningSetType.Output("prompt_set", tooltip="The encoded prompts, for Calibrate.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, clip: Any, prompts: str, name: str) -> io.NodeOutput:
         texts = [line.strip() for line in prompts.splitlines() if line.strip()] or varied_prompts()
-        path, progress = comfyui.saved_prompt_set_path(name), comfyui.progress()(0)
+        path, progress = folders.saved_prompt_set_path(name), feedback.progress()(0)
         encoded = []
         for i, text in enumerate(texts):
-            comfyui.show(cls.hidden.unique_id, f"encoding prompt {i + 1} of {len(texts)}")
+            feedback.show(cls.hidden.unique_id, f"encoding prompt {i + 1} of {len(texts)}")
             encoded.append({"text": text, **_encode(clip, text)})
             progress(i + 1, len(texts), "")
         save_prompt_set(path, encoded)
@@ -58,7 +59,7 @@ class CalibQuantPromptSet(io.ComfyNode):
 
 def varied_prompts() -> list[str]:
     """The pack's own prompts; lines that begin with # are comments."""
-    lines = comfyui.VARIED_PROMPTS.read_text("utf-8").splitlines()
+    lines = folders.VARIED_PROMPTS.read_text("utf-8").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -98,12 +99,12 @@ class CalibQuantLoadPromptSet(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantLoadPromptSet",
             display_name="Load Prompt Set",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Loads prompts that were encoded and saved once; no text encoder is needed.",
             inputs=[
                 io.Combo.Input(
                     "prompt_set",
-                    options=comfyui.prompt_set_names(),
+                    options=folders.prompt_set_names(),
                     tooltip="From output/promptsets or models/calibquant_promptsets, or the digits of the demo model.",
                 ),
                 io.Int.Input(
@@ -115,14 +116,14 @@ class CalibQuantLoadPromptSet(io.ComfyNode):
                 ),
             ],
             outputs=[
-                comfyui.ConditioningSetType.Output("prompt_set", tooltip="All prompts of the file."),
+                ConditioningSetType.Output("prompt_set", tooltip="All prompts of the file."),
                 io.Conditioning.Output("conditioning", tooltip="The prompt at the index."),
             ],
         )
 
     @classmethod
     def execute(cls, prompt_set: str, index: int) -> io.NodeOutput:
-        path = comfyui.prompt_set_path(prompt_set)
+        path = folders.prompt_set_path(prompt_set)
         prompts = load_prompt_set(path)
         if index >= len(prompts):
             raise CalibQuantError(f"{path}: has {len(prompts)} prompts: index {index} must be below that")

@@ -7,14 +7,16 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..quant_core import pipeline, quality, recipes
-from ..quant_core.plan import Plan
+from ..quant_core import jobs
+from ..quant_core.models.source import Source
+from ..quant_core.planning import recipes
+from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
-from ..quant_core.report import Report
-from ..quant_core.rounding import CHOICES
-from ..quant_core.source import Source
-from . import comfyui
+from ..quant_core.reports.report import Report
+from ..quant_core.rounding.choice import CHOICES
+from .comfyui import feedback, folders, patches
 from .recorder import CalibrationHandle
+from .types import CATEGORY, CalibrationType, PlanType, ReportType
 
 
 class CalibQuantQuantize(io.ComfyNode):
@@ -23,18 +25,18 @@ class CalibQuantQuantize(io.ComfyNode):
         return io.Schema(
             node_id="CalibQuantQuantize",
             display_name="Save Quantized Model",
-            category=comfyui.CATEGORY,
+            category=CATEGORY,
             description="Quantizes a model file by a plan and saves it where the stock loaders find it.",
             search_aliases=["quantize", "save model", "nvfp4", "mxfp8", "fp8", "int8"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=comfyui.model_names(),
+                    options=folders.model_names(),
                     tooltip="The 16-bit model file. Weights are read from this file, not from a loaded MODEL, "
                     "because loading already casts them.",
                 ),
-                comfyui.PlanType.Input("plan", tooltip="From Quantization Plan, made for the same file."),
+                PlanType.Input("plan", tooltip="From Quantization Plan, made for the same file."),
                 io.String.Input(
                     "filename_prefix",
                     default="calibquant/model",
@@ -60,7 +62,7 @@ class CalibQuantQuantize(io.ComfyNode):
                     tooltip="How weights are rounded. auto: GPTQ where a calibration allows it, else searched scales "
                     "for NVFP4 and nearest for the rest. All make files of one size.",
                 ),
-                comfyui.CalibrationType.Input(
+                CalibrationType.Input(
                     "calibration",
                     optional=True,
                     tooltip="From Load Calibration or Calibrate, of the same model: lets GPTQ and the scale search "
@@ -70,14 +72,14 @@ class CalibQuantQuantize(io.ComfyNode):
             outputs=[
                 # "*" because the stock loaders' drop-downs take a link of no narrower type
                 io.AnyType.Output("model_name", tooltip="Name of the saved file; link it to Load Diffusion Model."),
-                comfyui.ReportType.Output("report", tooltip="Sizes and the error of every layer."),
+                ReportType.Output("report", tooltip="Sizes and the error of every layer."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
-        return comfyui.fingerprint(model_name)
+        return folders.fingerprint(model_name)
 
     @classmethod
     def execute(
@@ -90,15 +92,15 @@ class CalibQuantQuantize(io.ComfyNode):
         rounding: str = "auto",
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
-        output, loader_name = comfyui.output_path(filename_prefix, model_name)
-        progress = comfyui.progress(2 if verify else 1)
-        with Source(comfyui.model_path(model_name)) as source:
-            merge, digest = comfyui.lora_merge(model, source) if model is not None else ({}, "")
-            comfyui.show(cls.hidden.unique_id, f"quantizing {source.name}")
+        output, loader_name = folders.output_path(filename_prefix, model_name)
+        progress = feedback.progress(2 if verify else 1)
+        with Source(folders.model_path(model_name)) as source:
+            merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
+            feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
-            report = pipeline.quantize(
+            report = jobs.quantize(
                 source,
                 plan,
                 output,
@@ -109,7 +111,7 @@ class CalibQuantQuantize(io.ComfyNode):
                 progress=progress(0),
             )
             if verify:
-                comfyui.show(cls.hidden.unique_id, f"verifying {output.name}")
+                feedback.show(cls.hidden.unique_id, f"verifying {output.name}")
                 _verify_or_remove(source, report, merge, progress(1))
         lines = [loader_name, report.summary()]
         lines += [f"LoRA patches baked into {len(merge)} tensors"] if merge else []
@@ -119,7 +121,7 @@ class CalibQuantQuantize(io.ComfyNode):
 def _verify_or_remove(source: Source, report: Report, merge: dict[str, Any], progress: Progress) -> None:
     """A file that is not what was reported, or whose check was cancelled, must not be selectable in a loader."""
     try:
-        quality.verify(source, report, merge, progress)
+        jobs.verify(source, report, merge, progress)
     except BaseException:  # a cancel is no Exception
         Path(report.output).unlink(missing_ok=True)
         raise

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..quant_core import calibration
-from ..quant_core.architectures import Architecture
-from ..quant_core.calibration import Calibration, Collector
 from ..quant_core.errors import CalibQuantError
-from .comfyui import SamplingRun
+from ..quant_core.evidence import calibration
+from ..quant_core.evidence.calibration import Calibration
+from ..quant_core.evidence.collector import Collector
+from ..quant_core.models.architectures import Architecture
+from .comfyui.sampling import SamplingRun
 
 SAVING_SHARE = 10  # a patient recorder works at least this many times as long as its last save took, then saves again
 _IDENTITY = ("architecture", "source_fingerprint")
@@ -28,7 +29,7 @@ class CalibrationHandle:
 class Recorder:
     """Adds runs up on top of what its file held, and saves after each. There must be one per file only.
 
-    An observer of ``comfyui.observe``. rows: capacity of each input's row sample. patient: may skip a save.
+    An observer of ``sampling.observe``. rows: capacity of each input's row sample. patient: may skip a save.
     """
 
     def __init__(self, path: Path, patient: bool = False, report: Callable[[str], None] | None = None) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from keys import make_keys
 
-from quant_core import architectures
-from quant_core.architectures import Architecture, LayerInfo, by_name, detect, split_prefix
 from quant_core.errors import CalibQuantError
+from quant_core.models import architectures
+from quant_core.models.architectures import Architecture, LayerInfo, by_name, detect, split_prefix
 
 Shapes = dict[str, tuple[int, ...]]
 

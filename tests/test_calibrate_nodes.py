@@ -24,10 +24,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import calibration, pipeline, recipes
-from quant_core.calibration import Calibration
-from quant_core.header import Headers
-from quant_core.source import Source
+from quant_core import jobs
+from quant_core.evidence import calibration, collector
+from quant_core.evidence.calibration import Calibration
+from quant_core.evidence.collector import Collector
+from quant_core.files.header import Headers
+from quant_core.models.source import Source
+from quant_core.planning import recipes
 
 MODEL = "calibquant_digits_wan.safetensors"
 DEMO = models.ROOT / "workflows" / "models" / MODEL
@@ -357,7 +360,7 @@ def test_compiled_model_is_seen_in_full(pack: dict[str, Any], model: Any, digits
 
 def test_quantized_layers_are_seen(pack: dict[str, Any], digits: list[Any], tmp_path: Path) -> None:
     with Source(DEMO) as source:
-        pipeline.quantize(source, recipes.make_plan(source, "fp8"), tmp_path / "q.safetensors")
+        jobs.quantize(source, recipes.make_plan(source, "fp8"), tmp_path / "q.safetensors")
     with torch.inference_mode():
         mixed = importlib.import_module("comfy.sd").load_diffusion_model(str(tmp_path / "q.safetensors"))
     kinds = {type(m).__mro__[1].__name__ for m in mixed.model.diffusion_model.modules() if hasattr(m, "in_features")}
@@ -478,8 +481,8 @@ def test_calibrate_tells_progress_over_all_samples(
 
     monkeypatch.setattr(utils, "ProgressBar", Bar)
     monkeypatch.setattr(preview.args, "preview_method", preview.LatentPreviewMethod.Latent2RGB)
-    comfyui = sys.modules[pack["CalibQuantCalibrate"].__module__].comfyui
-    monkeypatch.setattr(comfyui, "show", lambda _node, text: texts.append(text))
+    feedback = sys.modules[pack["CalibQuantCalibrate"].__module__].feedback
+    monkeypatch.setattr(feedback, "show", lambda _node, text: texts.append(text))
     execute(pack["CalibQuantCalibrate"], model=model, conditioning=prompt_set(pack), **settings())
     assert [(done, total) for done, total, _ in bar] == [(i, 3 * STEPS) for i in range(3 * STEPS + 1)]
     assert all(picture[0] == "JPEG" and picture[1].size == (8, 8) for _, _, picture in bar[1:])
@@ -559,12 +562,12 @@ def test_save_waits_merges_and_loads(pack: dict[str, Any], model: Any, digits: l
 
 def collected(first: int, count: int, rows: int, seed: int) -> Calibration:
     """Inputs are the numbers first … first + count - 1, one a call."""
-    collector = calibration.Collector(lambda layer: "", rows, seed)
-    collector.start_run("")
+    seen = Collector(lambda layer: "", rows, seed)
+    seen.start_run("")
     for value in range(first, first + count):
-        collector.add("layer", torch.full((1, 1), float(value)), torch.ones(1, 1))
-    collector.finish_run()
-    return collector.result()
+        seen.add("layer", torch.full((1, 1), float(value)), torch.ones(1, 1))
+    seen.finish_run()
+    return seen.result()
 
 
 def test_merged_rows_are_uniform_whatever_the_row_limits() -> None:
@@ -579,14 +582,14 @@ def test_merged_rows_are_uniform_whatever_the_row_limits() -> None:
 
 def test_rows_that_wait_on_the_device_are_bounded_at_no_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, limit = collected(0, 300, 16, 5), 6  # bytes: three rows of one bfloat16
-    monkeypatch.setattr(calibration, "PENDING", limit)
-    flush, most = calibration._Reservoir.flush, []
+    monkeypatch.setattr(collector, "PENDING", limit)
+    flush, most = collector._Reservoir.flush, []
 
     def note(reservoir: Any) -> None:
         most.append(sum(rows.nbytes for _, rows in reservoir._pending))
         flush(reservoir)
 
-    monkeypatch.setattr(calibration._Reservoir, "flush", note)
+    monkeypatch.setattr(collector._Reservoir, "flush", note)
     found = collected(0, 300, 16, 5)
     assert torch.equal(found.rows_of("layer"), expected.rows_of("layer"))
     assert len(most) > 3 and max(most) <= limit + 2

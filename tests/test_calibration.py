@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from quant_core import calibration
-from quant_core.calibration import Calibration, Collector
 from quant_core.errors import CalibQuantError
+from quant_core.evidence import calibration
+from quant_core.evidence.calibration import Calibration
+from quant_core.evidence.collector import Collector
+from quant_core.evidence.watch import watch
 
 LAYERS = {"a.q": (24, 8), "a.k": (24, 12), "b.ffn": (16, 24)}  # a.q and a.k see one tensor
 RUNS = ["seed 1 fox", "seed 2 owl"]
@@ -160,3 +162,21 @@ def test_info_and_merge_on_the_command_line(tmp_path: Path) -> None:
     assert (again.returncode, "--overwrite" in again.stderr) == (1, True)
     assert cli("merge", *files).returncode == 2
     assert cli("info", tmp_path / "none.safetensors").returncode == 1
+
+
+def test_any_torch_model_can_be_watched() -> None:
+    """As in a notebook: no ComfyUI, no file, a plain nn.Module; its outputs stay the same to the bit."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x, seen = torch.randn(32, 8), Collector(lambda layer: "")
+    with torch.no_grad():
+        alone = model(x)
+        seen.start_run("run")
+        with watch(model, seen):
+            watched = model(x)
+        seen.finish_run()
+        model(x)  # no longer watched
+    found = seen.result()
+    assert torch.equal(alone, watched)
+    assert set(found.layers) == {"0", "2"} and all(stats.count == 32 for stats in found.layers.values())
+    assert torch.equal(found.layers["0"].input_amax, x.abs().amax(0))
+    assert torch.equal(found.rows_of("0"), x.bfloat16())

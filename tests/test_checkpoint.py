@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quant_core import checkpoint
-from quant_core.checkpoint import Checkpoint, TensorSpec, Writer, file_size
 from quant_core.errors import CalibQuantError
+from quant_core.files import checkpoint
+from quant_core.files.checkpoint import Checkpoint, TensorSpec, Writer, file_size
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 REMEDY = r": [^:]*\b(download|give|save|convert|remove|name|check|make)\b[^:]*$"
@@ -311,7 +311,7 @@ def test_an_interruption_leaves_nothing_and_spares_the_old_file(error: type[Base
 # A process that writes one of two tensors, says so, and waits.
 WRITE_AND_WAIT = """
 import sys, time, torch
-from quant_core.checkpoint import TensorSpec, Writer
+from quant_core.files.checkpoint import TensorSpec, Writer
 with Writer(sys.argv[1], [TensorSpec(n, torch.uint8, (1 << 20,)) for n in "ab"], {}) as writer:
     writer.write("a", torch.ones(1 << 20, dtype=torch.uint8))
     print("half", flush=True)
@@ -332,7 +332,7 @@ def test_kill_during_the_write_leaves_the_final_name_free(tmp_path: Path) -> Non
 # A process that may write files of 64 KB at most: what a disk looks like that fills up during the write.
 FILL_UP = """
 import resource, signal, sys, torch
-from quant_core.checkpoint import TensorSpec, Writer
+from quant_core.files.checkpoint import TensorSpec, Writer
 from quant_core.errors import CalibQuantError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
@@ -374,11 +374,12 @@ def test_the_mode_follows_the_umask(mask: int, mode: int, tmp_path: Path) -> Non
 # Prints by how many bytes the peak grows while a model is quantized, after one that is tiny.
 PEAK = """
 import resource, sys
-from quant_core import pipeline, recipes
-from quant_core.source import Source
+from quant_core import jobs
+from quant_core.models.source import Source
+from quant_core.planning import recipes
 def run(path):
     with Source(path) as source:
-        pipeline.quantize(source, recipes.make_plan(source, sys.argv[3]), path + ".out.safetensors", device="cpu")
+        jobs.quantize(source, recipes.make_plan(source, sys.argv[3]), path + ".out.safetensors", device="cpu")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 small = run(sys.argv[1])
 print(run(sys.argv[2]) - small)

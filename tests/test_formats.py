@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant_core import pack
 from quant_core.formats import FORMATS, FileTensors, Format
 from quant_core.formats.base import power_of_two_at_least
 from quant_core.formats.nvfp4 import e2m1_value, round_e2m1
+from quant_core.rounding import pack
 
 EVERY_FORMAT = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 CPU = torch.device("cpu")

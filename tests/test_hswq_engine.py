@@ -12,9 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from quant_core import calibration, hswq, pipeline, quality, recipes
+from quant_core import jobs
 from quant_core.errors import CalibQuantError
-from quant_core.source import Source
+from quant_core.evidence import calibration
+from quant_core.evidence.collector import Collector
+from quant_core.models.source import Source
+from quant_core.planning import recipes
+from quant_core.rounding import hswq
 
 
 def brute_force(weight: torch.Tensor, importance: torch.Tensor, scale: float, clip: float) -> float:
@@ -82,7 +86,7 @@ def test_clipping_without_a_scale_never_helps() -> None:
 def calibrate(path: Path, loud: float = 1.0) -> calibration.Calibration:
     """A calibration of every layer from random inputs; ``loud`` scales them."""
     with Source(path) as source:
-        collector = calibration.Collector(lambda n: source.architecture.describe(n).shared_input, rows=32)
+        collector = Collector(lambda n: source.architecture.describe(n).shared_input, rows=32)
         collector.start_run("run")
         generator = torch.Generator().manual_seed(0)
         for name in source.layers:
@@ -100,10 +104,10 @@ def test_the_plan_keeps_the_layers_of_largest_output_variance(tmp_path: Path) ->
     with Source(path) as source:
         plan = recipes.hswq(source, seen, ratio=0.25)
         free = [n for n, info in source.layers.items() if not info.protected]
-        report = pipeline.quantize(source, plan, tmp_path / "q.safetensors", calibration=seen)
-        quality.verify(source, report)
+        report = jobs.quantize(source, plan, tmp_path / "q.safetensors", calibration=seen)
+        jobs.verify(source, report)
         with pytest.raises(CalibQuantError, match="needs a calibration"):
-            pipeline.quantize(source, plan, tmp_path / "r.safetensors")
+            jobs.quantize(source, plan, tmp_path / "r.safetensors")
     variance = {n: seen.layers[n.removeprefix(models.PREFIX)].output_variance for n in free}
     kept = {n for n in free if plan.layers[n].format == "bf16"}
     assert kept == set(sorted(free, key=lambda n: -variance[n])[: int(len(free) * 0.25)])
@@ -121,7 +125,7 @@ def test_input_scale_reaches_four_times_the_largest_input(tmp_path: Path, recipe
     with Source(path) as source:
         plain = recipes.make_plan(source, recipe)
         plan = recipes.calibrated(source, plain, seen)
-        report = pipeline.quantize(source, plan, tmp_path / "q.safetensors")
+        report = jobs.quantize(source, plan, tmp_path / "q.safetensors")
     assert report.bytes_after == plan.size
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
         for name, entry in plan.quantized().items():
@@ -155,7 +159,7 @@ def test_input_scale_through_comfyuis_own_fp8_matmul(tmp_path: Path, comfy: Path
     with Source(path) as source:
         weight = source.load(layer).float()
         plan = recipes.calibrated(source, recipes.make_plan(source, "fp8"), seen)
-        pipeline.quantize(source, plan, tmp_path / "q.safetensors")
+        jobs.quantize(source, plan, tmp_path / "q.safetensors")
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
         tensors = {k.removeprefix(layer + "."): file.get_tensor(k) for k in file.keys() if k.startswith(layer + ".")}
     x = torch.randn(32, weight.shape[1], generator=torch.Generator().manual_seed(9)) * size

@@ -18,9 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import calibration, pipeline, recipes
+from quant_core import jobs
+from quant_core.evidence import calibration
 from quant_core.formats import FORMATS
-from quant_core.source import Source
+from quant_core.models.source import Source
+from quant_core.planning import recipes
 
 pytestmark = pytest.mark.usefixtures("comfy")
 
@@ -136,7 +138,7 @@ def quantize(source: Path, recipe: str, output: Path) -> Any:
     """The plan by which ``output`` was made."""
     with Source(source) as opened:
         plan = recipes.make_plan(opened, recipe)
-        pipeline.quantize(opened, plan, output)
+        jobs.quantize(opened, plan, output)
     return plan
 
 
@@ -170,7 +172,7 @@ def test_gptq_and_search_draw_closer_than_nearest(
     for rounding in ("nearest", "search", "gptq"):
         with Source(DEMO) as source:
             plan = recipes.make_plan(source, "nvfp4")
-            report = pipeline.quantize(source, plan, output, calibration=seen, rounding=rounding, overwrite=True)
+            report = jobs.quantize(source, plan, output, calibration=seen, rounding=rounding, overwrite=True)
         model = load(output)
         errors[rounding] = relative_error(sample_digits(model), digits16)
     assert errors["search"] < 0.6 * errors["nearest"]
@@ -233,7 +235,7 @@ def test_converted_file_loads_as_scaled_fp8(
 ) -> None:
     foreign = dialect(load_file(DEMO))
     models.save(tmp_path / "foreign.safetensors", foreign.tensors, demo_metadata())
-    done = pipeline.convert(tmp_path / "foreign.safetensors", tmp_path / "native.safetensors")
+    done = jobs.convert(tmp_path / "foreign.safetensors", tmp_path / "native.safetensors")
     model = load(tmp_path / "native.safetensors")
     layers = [key.removesuffix(".weight") for key in foreign.real]
     assert done["layers"] == len(layers) == 60

@@ -21,9 +21,11 @@ from comfy_env import PACK_NAME, PromptInterrupted, Server, ServerError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import calibration, pipeline, recipes
+from quant_core import jobs
 from quant_core.errors import CalibQuantError
-from quant_core.source import Source
+from quant_core.evidence import calibration
+from quant_core.models.source import Source
+from quant_core.planning import recipes
 
 MODEL = "calibquant_digits_wan.safetensors"
 DEMO = models.ROOT / "workflows" / "models" / MODEL
@@ -178,7 +180,7 @@ def test_baked_lora_equals_a_lora_merged_by_hand(
         merged[f"{layer}.weight"] = weight if layer in LORA_LAYERS else weight.to(merged[f"{layer}.weight"].dtype)
     by_hand = models.save(tmp_path / "merged.safetensors", merged, demo_metadata())
     with Source(by_hand) as source:
-        pipeline.quantize(source, recipes.make_plan(source, recipe), tmp_path / "q.safetensors", rounding="auto")
+        jobs.quantize(source, recipes.make_plan(source, recipe), tmp_path / "q.safetensors", rounding="auto")
     expected, plain = load_file(tmp_path / "q.safetensors"), load_file(DEMO)
 
     assert baked.keys() == expected.keys()

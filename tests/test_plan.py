@@ -17,11 +17,15 @@ import reference
 import torch
 from keys import make_keys
 
-from quant_core import convert_to_quant, pipeline, plan, probe, probe_report, recipes, scoring
+from quant_core import jobs
 from quant_core.errors import CalibQuantError
-from quant_core.layout import predicted_size
-from quant_core.plan import LayerPlan, Plan
-from quant_core.source import Source
+from quant_core.evidence import probe
+from quant_core.models.source import Source
+from quant_core.planning import convert_to_quant, plan, recipes, scoring
+from quant_core.planning.layout import predicted_size
+from quant_core.planning.plan import Plan
+from quant_core.reports import probe_report
+from quant_core.rounding.layerplan import LayerPlan
 
 # Every kind of source: how its file is made in a folder.
 SOURCES: dict[str, Callable[[Path], Path]] = {
@@ -67,7 +71,7 @@ def test_the_size_is_foretold_to_the_byte(kind: str, recipe: str, tmp_path: Path
             return
         made = recipes.make_plan(source, recipe)
         output = tmp_path / "out.safetensors"
-        pipeline.quantize(source, made, output, device="cpu")
+        jobs.quantize(source, made, output, device="cpu")
         assert output.stat().st_size == made.size
 
 

@@ -17,10 +17,13 @@ import scipy.stats
 import torch
 from safetensors.torch import save_file
 
-from quant_core import measure, pack, probe, probe_report, recipes, scoring
 from quant_core.errors import CalibQuantError, OptionError
+from quant_core.evidence import measure, probe
 from quant_core.formats import FORMATS
-from quant_core.source import Source
+from quant_core.models.source import Source
+from quant_core.planning import recipes, scoring
+from quant_core.reports import probe_report
+from quant_core.rounding import pack
 
 
 def heavy_tailed(shapes: dict[str, tuple[int, int]], seed: int = 3) -> dict[str, torch.Tensor]:

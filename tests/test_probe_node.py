@@ -20,8 +20,9 @@ from comfy_env import PACK_NAME, Server, ServerError
 from safetensors.torch import load_file
 from test_browser import SCRIPTS, browser_environment
 
-from quant_core import probe, recipes, scoring
-from quant_core.source import Source
+from quant_core.evidence import probe
+from quant_core.models.source import Source
+from quant_core.planning import recipes, scoring
 
 MODEL = "calibquant_digits_wan.safetensors"
 DEMO = models.ROOT / "workflows" / "models" / MODEL

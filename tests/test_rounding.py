@@ -14,10 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import correlated
 
-from quant_core import calibration, gptq, pack, rounding
 from quant_core.errors import CalibQuantError
+from quant_core.evidence import calibration
+from quant_core.evidence.collector import Collector
 from quant_core.formats import FORMATS
-from quant_core.plan import LayerPlan
+from quant_core.rounding import gptq, pack
+from quant_core.rounding.choice import Rounded, Rounder
+from quant_core.rounding.judge import as_loaded
+from quant_core.rounding.layerplan import LayerPlan
 
 CPU = torch.device("cpu")
 QUANTIZING = [name for name in FORMATS if name != "float8_e4m3fn_unscaled"]
@@ -33,7 +37,7 @@ def output_error(fmt: str, packed: pack.Packed, weight: torch.Tensor, x: torch.T
 
 
 def calibrated(weight: torch.Tensor, x: torch.Tensor, rows: int = 2048) -> calibration.Calibration:
-    collector = calibration.Collector(lambda layer: "", rows)
+    collector = Collector(lambda layer: "", rows)
     collector.start_run("run")
     collector.add("layer", x, x @ weight.T)
     collector.finish_run()
@@ -160,12 +164,12 @@ def test_layers_that_share_an_input_share_its_hessian(monkeypatch: pytest.Monkey
     factor = gptq.factor
     monkeypatch.setattr(gptq, "factor", lambda *inputs: made.append(inputs) or factor(*inputs))
     weight, x = weights(64, 64), correlated(256, 64, 1)
-    collector = calibration.Collector(lambda layer: "attention" if layer in "qkv" else "")
+    collector = Collector(lambda layer: "attention" if layer in "qkv" else "")
     collector.start_run("run")
     for layer in "qkvo":
         collector.add(layer, x, x @ weight.T)
     collector.finish_run()
-    rounder = rounding.Rounder(CPU, collector.result(), "gptq")
+    rounder = Rounder(CPU, collector.result(), "gptq")
     for layer in "qkvo":
         assert rounder.round(layer, LayerPlan("nvfp4", ""), weight, "w").rounding == "gptq"
     assert len(made) == 2
@@ -173,7 +177,7 @@ def test_layers_that_share_an_input_share_its_hessian(monkeypatch: pytest.Monkey
 
 def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
     weight, x = weights(256, 256), correlated(1024, 256, 1)
-    done = rounding.Rounder(CPU, calibrated(weight, x), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "w")
+    done = Rounder(CPU, calibrated(weight, x), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "w")
     assert done.rounding == "gptq"
     assert done.output_errors["gptq"] < done.output_errors["search"] < done.output_errors["nearest"]
     sampled = x.bfloat16().float()
@@ -184,7 +188,7 @@ def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
 
 def test_too_few_rows_fall_back_to_search_with_the_reason() -> None:
     weight, x = weights(64, 64), correlated(300, 64, 1)
-    done = rounding.Rounder(CPU, calibrated(weight, x, rows=16), "auto").round(
+    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round(
         "layer", LayerPlan("nvfp4", ""), weight, ""
     )
     assert done.rounding == "search"
@@ -193,24 +197,24 @@ def test_too_few_rows_fall_back_to_search_with_the_reason() -> None:
 
 def test_without_a_calibration_only_nvfp4_is_searched() -> None:
     weight = weights(64, 64)
-    rounder = rounding.Rounder(CPU, None, "auto")
+    rounder = Rounder(CPU, None, "auto")
     assert rounder.round("layer", LayerPlan("nvfp4", ""), weight, "").rounding == "search"
     assert rounder.round("layer", LayerPlan("mxfp8", ""), weight, "").rounding == "nearest"
     with pytest.raises(CalibQuantError, match="needs --calibration"):
-        rounding.Rounder(CPU, None, "gptq")
+        Rounder(CPU, None, "gptq")
 
 
 def test_the_loader_error_quantizes_inputs_as_the_loader_does() -> None:
     x = correlated(256, 64, 5)
     fmt, scale = FORMATS["nvfp4"], x.abs().max() / 2688
-    fed = rounding.as_loaded(fmt, x, LayerPlan("nvfp4", "", input_scale=float(scale)))
+    fed = as_loaded(fmt, x, LayerPlan("nvfp4", "", input_scale=float(scale)))
     codes, blocks = ck.quantize_nvfp4(x, scale, pad_16x=True)
     assert torch.equal(fed, ck.dequantize_nvfp4(codes, scale, blocks, output_type=torch.float32)[:256, :64])
-    assert rounding.as_loaded(fmt, x, LayerPlan("nvfp4", "", full_precision=True)) is x
+    assert as_loaded(fmt, x, LayerPlan("nvfp4", "", full_precision=True)) is x
     tiny = x * 1e-4  # FP8 activations at scale 1.0 lose small values: what a calibrated input_scale is for
-    plain = rounding.as_loaded(FORMATS["float8_e4m3fn"], tiny, LayerPlan("float8_e4m3fn", ""))
+    plain = as_loaded(FORMATS["float8_e4m3fn"], tiny, LayerPlan("float8_e4m3fn", ""))
     scaled = LayerPlan("float8_e4m3fn", "", input_scale=float(tiny.abs().max() / 448))
-    with_scale = rounding.as_loaded(FORMATS["float8_e4m3fn"], tiny, scaled)
+    with_scale = as_loaded(FORMATS["float8_e4m3fn"], tiny, scaled)
     assert (plain - tiny).norm() > 5 * (with_scale - tiny).norm()
 
 
@@ -219,8 +223,8 @@ def test_the_loader_error_quantizes_inputs_as_the_loader_does() -> None:
 
 def rounded(
     weight: torch.Tensor, x: torch.Tensor, entry: LayerPlan, bias: torch.Tensor | None = None, way: str = "auto"
-) -> rounding.Rounded:
-    return rounding.Rounder(CPU, calibrated(weight, x), way).round("layer", entry, weight, "w", bias)
+) -> Rounded:
+    return Rounder(CPU, calibrated(weight, x), way).round("layer", entry, weight, "w", bias)
 
 
 @given(
@@ -296,7 +300,7 @@ def test_smoothed_inputs_cost_less_as_the_loader_runs_them(with_bias: bool) -> N
 
 def test_smoothing_needs_inputs() -> None:
     with pytest.raises(CalibQuantError, match="layer L: pre_quant_scale needs a calibration"):
-        rounding.Rounder(CPU, None, "auto").round(
+        Rounder(CPU, None, "auto").round(
             "L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L"
         )
 
@@ -322,7 +326,7 @@ def test_memory_is_bounded_by_the_width() -> None:
     """
     code = """
 import resource, sys, torch
-from quant_core import gptq, pack
+from quant_core.rounding import gptq, pack
 from quant_core.formats import FORMATS
 width = int(sys.argv[1])
 torch.manual_seed(0)

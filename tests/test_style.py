@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import models
 import pytest
@@ -51,6 +52,40 @@ def test_the_engine_imports_where_comfyui_is_forbidden() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=models.ROOT)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= len(ENGINE) - 1
+
+
+# The way of the data, last first: a room imports from the rooms below it only (and from itself).
+ROOMS = ("cli", "demo", "jobs", "reports", "planning", "rounding", "evidence", "models", "files", "formats")
+BESIDE = {("cli", "demo"), ("files", "formats"), ("formats", "files")}  # of one height; formats know nothing of files
+SHARED = {"errors", "locate", "progress", "__version__"}  # single modules that every room may use
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms (or single modules) of quant_core that a module of it imports, inside functions too."""
+    inside, found = path.relative_to(models.ROOT / "quant_core").parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*inside][: len(inside) - node.level + 1]
+            assert node.level <= len(inside) + 1, f"{path.name} imports from above quant_core"
+            target = [*base, *(node.module.split(".") if node.module else [])]
+            found |= {target[0]} if target else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down_the_way_of_the_data(room: str) -> None:
+    below = ROOMS[ROOMS.index(room) :]
+    modules = [path for path in ENGINE if path.parent.name == room]
+    assert modules
+    for path in modules:
+        upwards = {other for other in imported_rooms(path) - SHARED if other not in below}
+        assert not {other for other in upwards if (room, other) not in BESIDE}, f"{room}/{path.name}: {upwards}"
+
+
+def test_every_module_of_the_engine_is_in_a_room() -> None:
+    loose = {path.stem for path in ENGINE if path.parent.name == "quant_core"}
+    assert loose == {"__init__", *SHARED} - {"__version__"}
+    assert {path.parent.name for path in ENGINE} == {"quant_core", *ROOMS}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is not installed")

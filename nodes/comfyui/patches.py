@@ -1,0 +1,101 @@
+"""What a MODEL is made of (family, source file, LoRA patches), and what its loader can read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import comfy.lora
+import comfy.quant_ops
+import comfy.utils
+import comfyui_version
+import torch
+
+from ...quant_core.errors import CalibQuantError
+from ...quant_core.files.header import Headers
+from ...quant_core.models.architectures import Architecture, detect
+from ...quant_core.models.source import Source
+from ...quant_core.rounding import smoothing
+
+_MODEL_KEY = "diffusion_model."
+
+
+def require_pre_quant_scale() -> None:
+    """CalibQuantError when this ComfyUI's loader ignores ``pre_quant_scale``, and would render noise for it."""
+    if smoothing.KEY not in comfy.quant_ops.QUANT_ALGOS["nvfp4"]["parameters"]:
+        raise CalibQuantError(
+            f"this ComfyUI ({comfyui_version.__version__}) ignores {smoothing.KEY}: switch it off, or update ComfyUI"
+        )
+
+
+def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Tensor], torch.Tensor]], str]:
+    """The MODEL's patches as functions on the source file's float32 tensors, and a digest of them.
+
+    Raises CalibQuantError when the MODEL was not loaded from this file.
+    """
+    merge, digest = {}, hashlib.sha256()
+    for key in sorted(model.patches):
+        name = source.prefix + key.removeprefix(_MODEL_KEY)
+        entry = source.checkpoint.entries.get(name)
+        expected = getattr(comfy.utils.get_attr(model.model, key), "shape", None) if entry else None
+        if entry is None or tuple(expected or entry.shape) != entry.shape:
+            raise CalibQuantError(
+                f"{source.path}: tensor {name}, which a LoRA of the linked MODEL patches, is not in this file: "
+                "load the MODEL from the same file"
+            )
+        merge[name] = _patcher(model.patches[key], key)
+        digest.update(key.encode())
+        _digest(digest, model.patches[key])
+    return merge, digest.hexdigest() if merge else ""
+
+
+def _patcher(patches: list[Any], key: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def add(weight: torch.Tensor) -> torch.Tensor:
+        return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+
+    return add
+
+
+def _digest(digest: Any, value: Any) -> None:
+    """Feed everything that decides a patch's effect: strengths, tensors, nested tuples and adapter objects."""
+    if isinstance(value, torch.Tensor):
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _digest(digest, item)
+    elif hasattr(value, "weights"):  # comfy.weight_adapter
+        digest.update(type(value).__name__.encode())
+        _digest(digest, value.weights)
+    elif isinstance(value, (int, float, str, type(None))):
+        digest.update(repr(value).encode())
+
+
+# --- sampling: which model, watched by whom, drawn how
+
+
+def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
+    """The MODEL's row of the architecture table, and its identity for a calibration's header.
+
+    ``source_file`` and ``source_fingerprint`` are absent when the loader left no trace of its file.
+    """
+    tensors = model.model.diffusion_model.named_parameters()
+    shapes = {name.replace("_orig_mod.", ""): tuple(tensor.shape) for name, tensor in tensors}
+    architecture = detect(shapes, shapes)
+    return architecture, {
+        "architecture": architecture.name,
+        "comfyui": comfyui_version.__version__,
+        **_source_of(model),
+    }
+
+
+def _source_of(model: Any) -> dict[str, str]:
+    loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
+    path = next(iter(loader[1]), None) if loader else None
+    if not isinstance(path, str):
+        return {}
+    try:
+        with Headers(path) as source:
+            return {"source_file": source.path.name, "source_fingerprint": source.fingerprint()}
+    except (CalibQuantError, OSError):  # no safetensors file
+        return {}

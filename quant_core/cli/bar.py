@@ -1,0 +1,25 @@
+"""Progress on the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+
+class Bar:
+    """The engine's progress protocol on a tqdm bar on stderr."""
+
+    def __init__(self, name: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=name, unit="tensor", file=sys.stderr, leave=False, disable=None)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        self._bar.total = total
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)

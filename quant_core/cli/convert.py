@@ -1,0 +1,30 @@
+"""``calibquant convert``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .bar import Bar
+
+if TYPE_CHECKING:
+    pass
+
+HELP = "HSWQ V2 (.scale) and legacy scaled_fp8 files -> native dialect"
+
+
+def options(c: argparse.ArgumentParser) -> None:
+    c.add_argument("file", type=Path)
+    c.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    c.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run(args: argparse.Namespace) -> None:
+    from .. import jobs
+
+    with Bar("convert") as bar:
+        done = jobs.convert(args.file, args.output, args.overwrite, progress=bar)
+    print(
+        f"{args.output}: {done['layers']} layers in the native dialect, {done['convolutions']} Conv weights in 16 bit"
+    )

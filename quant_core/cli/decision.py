@@ -1,0 +1,127 @@
+"""How a plan is asked for on the command line: the options that `plan` and `quantize` share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CalibQuantError, OptionError
+from .bar import Bar
+from .options import number, regex
+
+if TYPE_CHECKING:
+    from ..evidence.calibration import Calibration
+    from ..models.source import Source
+    from ..planning.plan import Plan
+
+HSWQ = ("hswq", "hswq-v1")
+SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer than 0.29, which would ignore it"
+
+
+def add_options(c: argparse.ArgumentParser) -> None:
+    from ..planning import convert_to_quant, recipes
+
+    c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
+    c.add_argument("--calibration", type=Path, metavar="C", help="a *.calibration.safetensors of this model")
+    c.add_argument("--no-input-scale", action="store_true", help="leave activation scales to the loader")
+    c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
+    c.add_argument("--pre-quant-scale", action="store_true", help=SMOOTHING_HELP)
+    c.add_argument("--percentiles", nargs=2, type=number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
+    c.add_argument("--keep-ratio", type=number, metavar="R", help="share of layers, worst first, kept in 16 bit")
+    c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
+    group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
+    group.add_argument(
+        "--base",
+        choices=list(convert_to_quant.TYPES),
+        help="format of all layers not named below (or not kept by --keep-ratio)",
+    )
+    group.add_argument("--custom-layers", type=regex, metavar="REGEX", help="beats every exclusion")
+    group.add_argument("--custom-type", choices=list(convert_to_quant.TYPES))
+    group.add_argument("--exclude-layers", type=regex, metavar="REGEX", help="left in the source dtype")
+    group.add_argument("--preset", choices=list(convert_to_quant.PRESETS), action="append", default=[])
+
+
+def make_plan(source: Source, args: argparse.Namespace) -> Plan:
+    from ..planning import recipes
+
+    calibration = calibration_of(source, args)
+    plan = _uncalibrated_plan(source, args, calibration)
+    if calibration is not None and not args.no_input_scale:
+        plan = recipes.calibrated(source, plan, calibration)
+    return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
+
+
+def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Plan:
+    from ..planning import recipes
+
+    if calibration is None:
+        raise OptionError("--pre-quant-scale needs --calibration C")
+    return recipes.smoothed(source, plan, calibration)
+
+
+def check_core(plan: Plan) -> None:
+    """A plan with ``pre_quant_scale``, given or just made, is only for a ComfyUI that reads it."""
+    from ..rounding import smoothing
+
+    if any(entry.pre_quant_scale for entry in plan.layers.values()) and (warning := smoothing.refuse_old_core()):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | None:
+    from ..evidence import calibration
+    from ..planning import recipes
+
+    if args.calibration is None:
+        return None
+    loaded = calibration.load(args.calibration)
+    try:
+        recipes.check_calibration(source, loaded)
+    except CalibQuantError as e:
+        if not args.force_calibration:
+            raise
+        print(f"warning: {e}; going on because of --force-calibration", file=sys.stderr)
+    return loaded
+
+
+def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Calibration | None) -> Plan:
+    from ..planning import recipes
+
+    if args.recipe in HSWQ:
+        if calibration is None:
+            raise OptionError(f"--recipe {args.recipe} needs --calibration C")
+        ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
+        return recipes.hswq(source, calibration, ratio, scaled=args.recipe == "hswq")
+    ways = [args.recipe, args.percentiles, args.keep_ratio is not None, args.base and args.keep_ratio is None]
+    if sum(map(bool, ways)) != 1:
+        raise OptionError("give one of --recipe NAME, --percentiles FP8 KEEP, --keep-ratio R, --base TYPE")
+    if args.percentiles or args.keep_ratio is not None:
+        return _plan_from_probe(source, args)
+    if args.recipe:
+        if args.custom_layers or args.custom_type or args.exclude_layers or args.preset:
+            raise OptionError("--custom-layers, --exclude-layers and --preset go with --base, not with --recipe")
+        recipe = recipes.by_recipe_name(args.recipe)
+    else:
+        recipe = recipes.from_convert_to_quant(
+            args.base, args.custom_layers, args.custom_type, args.exclude_layers, args.preset
+        )
+    for note in [*source.warnings(), recipe.warning]:
+        if note:
+            print(f"warning: {note}", file=sys.stderr)
+    return recipes.make_plan(source, recipe)
+
+
+def _plan_from_probe(source: Source, args: argparse.Namespace) -> Plan:
+    from ..evidence import probe
+    from ..planning import convert_to_quant, recipes, scoring
+
+    with Bar("probe") as bar:
+        probed = probe.probe(args.file, args.architecture, progress=bar)
+    if args.keep_ratio is not None:
+        base = convert_to_quant.TYPES[args.base or "nvfp4"]
+        return recipes.keep_worst(source, probed, args.keep_ratio, base)
+    fp8, keep = args.percentiles
+    options = replace(scoring.defaults(probed.architecture), fp8_percentile=fp8, keep_percentile=keep)
+    return recipes.by_score(source, probed, options)

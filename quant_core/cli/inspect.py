@@ -1,0 +1,38 @@
+"""``calibquant inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files.text import gigabytes
+
+if TYPE_CHECKING:
+    pass
+
+HELP = "what a file is: architecture, layers, formats, bytes, provenance"
+
+
+def options(c: argparse.ArgumentParser) -> None:
+    c.add_argument("file", type=Path)
+    c.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..reports import describe
+
+    info = describe.inspect(args.file)
+    if args.json:
+        print(json.dumps(info, indent=1))
+        return
+    print(f"{info['file']}: {info['architecture_title']}, {gigabytes(info['bytes'])}, {info['tensors']} tensors")
+    if info["prefix"]:
+        print(f"prefix {info['prefix']} ({info['other_tensors']} tensors outside it: kept as they are)")
+    print("2-D weights: " + ", ".join(f"{n} {fmt}" for fmt, n in info["formats"].items()))
+    print("bytes: " + ", ".join(f"{dtype} {gigabytes(n)}" for dtype, n in info["dtypes"].items()))
+    if info["provenance"]:
+        made = info["provenance"]
+        source = made["source"]
+        print(f"made by {made['tool']}, recipe {made['recipe']}, from {source['file']} (sha256 {source['sha256']})")

@@ -1,0 +1,71 @@
+"""The command line: ``calibquant COMMAND …``. Results go to stdout, progress and warnings to stderr.
+
+Exit codes: 0 done; 1 a problem with an input or output (one line ``error: …``); 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from .. import __version__
+from ..errors import CalibQuantError, OptionError
+from . import calibration, compare, convert, demo, inspect, plan, probe, quantize
+
+COMMANDS: dict[str, ModuleType] = {  # each has HELP, options(parser) and run(arguments)
+    "inspect": inspect,
+    "probe": probe,
+    "plan": plan,
+    "quantize": quantize,
+    "compare": compare,
+    "convert": convert,
+    "calibration": calibration,
+    "demo": demo,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a cp1252 pipe on Windows must not die of an arrow
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        args.run(args)
+        return 0
+    except OptionError as e:
+        print(f"usage error: {e} (see calibquant {args.command} --help)", file=sys.stderr)
+        return 2
+    except CalibQuantError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `calibquant inspect … | head`
+        sys.stderr.close()
+        return 0
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser. Only the command that is called gets its options: some need torch, which takes long to import."""
+    parser = argparse.ArgumentParser(prog="calibquant", description="Turn a 16-bit diffusion model into a small file.")
+    parser.add_argument("--version", action="version", version=f"calibquant {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command.set_defaults(run=module.run, command=name)
+        if name == called:
+            module.options(command)
+    return parser
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

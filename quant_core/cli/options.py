@@ -1,0 +1,35 @@
+"""Values of options, checked while the command line is parsed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if value != value:
+        raise argparse.ArgumentTypeError("nan is no number to compare with")
+    return value
+
+
+def above_zero(text: str) -> float:
+    value = number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise argparse.ArgumentTypeError(f"no regular expression: {e}") from e
+    return text

@@ -1,0 +1,45 @@
+"""``calibquant plan``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files.text import gigabytes
+from . import decision
+
+if TYPE_CHECKING:
+    from ..models.source import Source
+    from ..planning.plan import Plan
+
+HELP = "decide a format per layer, with reasons and the exact size"
+
+
+def options(c: argparse.ArgumentParser) -> None:
+    c.add_argument("file", type=Path)
+    decision.add_options(c)
+    c.add_argument("-o", "--output", type=Path, required=True, metavar="PLAN.json")
+    c.add_argument("--print-convert-to-quant", action="store_true", help="also print convert_to_quant's command")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..models.source import Source
+    from ..planning import convert_to_quant
+
+    with Source(args.file, args.architecture) as source:
+        made = decision.make_plan(source, args)
+        decision.check_core(made)
+        made.save(args.output)
+        print(_plan_text(made, source))
+        if args.print_convert_to_quant:
+            chosen = {layer: entry.format for layer, entry in made.layers.items()}
+            print(convert_to_quant.to_command(chosen, str(args.file), f"{args.file.stem}-quantized.safetensors"))
+
+
+def _plan_text(made: Plan, source: Source) -> str:
+    from ..formats import title
+
+    counts = ", ".join(f"{n} {title(fmt)}" for fmt, n in made.count().items())
+    sizes = f"{gigabytes(source.checkpoint.nbytes())} -> {gigabytes(made.size)}"
+    return f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"

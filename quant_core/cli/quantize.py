@@ -1,0 +1,63 @@
+"""``calibquant quantize``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OptionError
+from . import decision
+from .bar import Bar
+
+if TYPE_CHECKING:
+    pass
+
+HELP = "write the quantized file"
+ROUNDING_HELP = "auto (default): gptq with a calibration; else searched scales for NVFP4, nearest for the rest"
+
+
+def options(c: argparse.ArgumentParser) -> None:
+    c.add_argument("file", type=Path)
+    c.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
+    c.add_argument("--plan", type=Path, metavar="PLAN.json", help="a plan made by `calibquant plan`")
+    decision.add_options(c)
+    c.add_argument("--rounding", choices=["auto", "nearest", "search", "gptq"], default="auto", help=ROUNDING_HELP)
+    c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    c.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    c.add_argument("--verify", action="store_true", help="re-read the file by comfy-kitchen's dequantize and check it")
+    c.add_argument("--json", action="store_true", help="print the report as one JSON document")
+
+
+def run(args: argparse.Namespace) -> None:
+    from .. import jobs
+    from ..models.source import Source
+    from ..planning import plan
+
+    decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None
+    if bool(args.plan) == bool(decided):
+        raise OptionError("give --plan PLAN.json, or --recipe NAME (one of the two)")
+    if args.plan and args.pre_quant_scale:
+        raise OptionError("--pre-quant-scale is for making a plan: give it to `calibquant plan`")
+    with Source(args.file, args.architecture) as source:
+        made = plan.load(args.plan) if args.plan else decision.make_plan(source, args)
+        decision.check_core(made)
+        seen = decision.calibration_of(source, args)
+        with Bar("quantize") as bar:
+            report = jobs.quantize(
+                source,
+                made,
+                args.output,
+                overwrite=args.overwrite,
+                device=args.device,
+                calibration=seen,
+                rounding=args.rounding,
+                progress=bar,
+            )
+        if args.verify:
+            with Bar("verify") as bar:
+                jobs.verify(source, report, progress=bar)
+    if args.json:
+        print(report.to_json(), end="")
+    else:
+        print(f"{report.output}\n{report.summary()}" + ("\nverified: every layer's error is as reported" * args.verify))

@@ -1,0 +1,1 @@
+"""The whole job on the small model that ships with the pack."""

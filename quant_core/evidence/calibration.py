@@ -1,0 +1,201 @@
+"""What each layer sees and does while a model really samples: collected, stored, merged.
+
+One safetensors file holds it. Per layer ``L`` (named without the checkpoint's prefix): ``L.input_mean``,
+``L.input_absmean``, ``L.input_sqmean``, ``L.input_amax`` (float32 [in]), ``L.output_mean``, ``L.output_sqmean``
+(float64 scalars; HSWQ's output variance is sqmean - mean**2), ``L.output_channel_mean``,
+``L.output_channel_sqmean`` (float32 [out]), ``L.count`` (rows seen) and ``L.calls`` (int64). Layers that see one
+tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]) and ``G.row_keys`` (float64), where G is
+the group's first layer; the header says which layer belongs to which G.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import CalibQuantError
+from ..files.checkpoint import Checkpoint, TensorSpec, Writer
+
+FORMAT_VERSION = 2  # 1 had no input_mean
+METADATA_KEY = "calibquant_calibration"
+ROWS = 2048  # of input per group
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one layer; see the module's description. ``group`` names the layer that holds the rows."""
+
+    group: str
+    count: int
+    calls: int
+    input_mean: torch.Tensor
+    input_absmean: torch.Tensor
+    input_sqmean: torch.Tensor
+    input_amax: torch.Tensor
+    output_mean: float
+    output_sqmean: float
+    output_channel_mean: torch.Tensor
+    output_channel_sqmean: torch.Tensor
+
+    @property
+    def output_variance(self) -> float:
+        """HSWQ's sensitivity: mean over calls of mean(Y^2), minus the squared mean over calls of mean(Y)."""
+        return self.output_sqmean - self.output_mean**2
+
+
+_VECTORS = tuple(f.name for f in fields(LayerStats) if f.type == "torch.Tensor")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A uniform sample without replacement: the rows whose random keys are the largest of all rows seen."""
+
+    rows: torch.Tensor  # bfloat16 [n, in]
+    keys: NDArray[np.float64]  # [n], in the order of rows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of all layers with their provenance (``info``: architecture, source, prompts, seeds, sigmas …)."""
+
+    layers: dict[str, LayerStats] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def rows_of(self, layer: str) -> torch.Tensor:
+        """Sampled input rows of a layer, bfloat16 [n, in]."""
+        return self.rows[self.layers[layer].group].rows
+
+
+def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
+    """Both as if calibrated in one go: means weighted by rows or calls, amax by maximum, rows by their keys.
+
+    CalibQuantError when the two are of different models.
+    """
+    for name in ("architecture", "source_fingerprint"):
+        if a.info.get(name) != b.info.get(name):
+            raise CalibQuantError(
+                f"calibrations of different models cannot be merged: {name} {a.info.get(name)} and {b.info.get(name)}"
+            )
+    layers = {name: _merge_stats(a.layers.get(name), b.layers.get(name)) for name in {**a.layers, **b.layers}}
+    merged = {name: _merge_rows(a, b, name, rows) for name in {**a.rows, **b.rows}}
+    info = {**b.info, **a.info}
+    lists = {name for name, value in a.info.items() if isinstance(value, list) and name in b.info}
+    info |= {name: a.info[name] + [v for v in b.info[name] if v not in a.info[name]] for name in lists}
+    info["rows"] = rows
+    info["runs"] = a.info.get("runs", []) + b.info.get("runs", [])
+    info["sigmas"] = dict(Counter(a.info.get("sigmas", {})) + Counter(b.info.get("sigmas", {})))
+    for name in ("cond_rows", "uncond_rows"):
+        info[name] = a.info.get(name, 0) + b.info.get(name, 0)
+    return Calibration(layers, merged, info)
+
+
+def _merge_stats(a: LayerStats | None, b: LayerStats | None) -> LayerStats:
+    if a is None or b is None:
+        return a or b  # type: ignore[return-value]
+    count, calls = a.count + b.count, a.calls + b.calls
+
+    def by(weight_a: int, weight_b: int, name: str) -> Any:
+        x, y = getattr(a, name), getattr(b, name)
+        if isinstance(x, torch.Tensor):
+            return ((x.double() * weight_a + y.double() * weight_b) / (weight_a + weight_b)).float()
+        return (x * weight_a + y * weight_b) / (weight_a + weight_b)
+
+    means = {name: by(a.count, b.count, name) for name in _VECTORS if name != "input_amax"}
+    means |= {name: by(a.calls, b.calls, name) for name in ("output_mean", "output_sqmean")}
+    return LayerStats(
+        group=a.group, count=count, calls=calls, input_amax=torch.maximum(a.input_amax, b.input_amax), **means
+    )
+
+
+def _merge_rows(a: Calibration, b: Calibration, name: str, capacity: int) -> Rows:
+    """The largest keys of both. Below the smallest key of a sample that had to leave rows out, nothing is known of
+    that one's rows, so none of the other's may stay: they would be too many, if their numbers of rows differ.
+    """
+    samples = [(c.rows[name], c.layers[name].count) for c in (a, b) if name in c.rows]
+    keys = np.concatenate([sample.keys for sample, _ in samples])
+    floor = max((sample.keys.min() for sample, seen in samples if 0 < len(sample.keys) != seen), default=0.0)
+    order = np.argsort(-keys, kind="stable")[: min(capacity, int((keys >= floor).sum()))]
+    return Rows(torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)], keys[order])
+
+
+def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write ``*.calibration.safetensors`` (any ``*.safetensors`` name), atomically."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, stats in calibration.layers.items():
+        tensors |= {f"{name}.{key}": getattr(stats, key) for key in _VECTORS}
+        tensors |= {f"{name}.{key}": torch.tensor(getattr(stats, key)) for key in ("count", "calls")}
+        scalars = ("output_mean", "output_sqmean")
+        tensors |= {f"{name}.{key}": torch.tensor(getattr(stats, key), dtype=torch.float64) for key in scalars}
+    for name, sample in calibration.rows.items():
+        tensors |= {f"{name}.rows": sample.rows, f"{name}.row_keys": torch.from_numpy(sample.keys)}
+    groups = {name: stats.group for name, stats in calibration.layers.items()}
+    metadata = {METADATA_KEY: json.dumps({**calibration.info, "groups": groups}, ensure_ascii=False)}
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with Writer(path, specs, metadata, overwrite) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def load(path: str | os.PathLike[str]) -> Calibration:
+    """Read a calibration file; CalibQuantError when it is none."""
+    with Checkpoint(path) as file:
+        try:
+            info = json.loads(file.metadata[METADATA_KEY])
+            groups = info.pop("groups")
+            version = info["format_version"]
+            if version != FORMAT_VERSION:
+                raise CalibQuantError(
+                    f"{file.path}: is a calibration of format version {version}, not {FORMAT_VERSION}: calibrate again"
+                )
+            layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
+            names = {stats.group for stats in layers.values() if f"{stats.group}.rows" in file.entries}
+            rows = {n: Rows(file.read(f"{n}.rows"), file.read(f"{n}.row_keys").numpy()) for n in sorted(names)}
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise CalibQuantError(f"{file.path}: is no calibration of this tool ({e!r}): calibrate again") from e
+    return Calibration(layers, rows, info)
+
+
+def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:
+    vectors = {key: file.read(f"{name}.{key}") for key in _VECTORS}
+    count, calls = (int(file.read(f"{name}.{key}")) for key in ("count", "calls"))
+    mean, sqmean = (float(file.read(f"{name}.{key}")) for key in ("output_mean", "output_sqmean"))
+    return LayerStats(group, count, calls, output_mean=mean, output_sqmean=sqmean, **vectors)
+
+
+def describe(calibration: Calibration) -> str:
+    """Layers, rows, amax and outlier ratio (worst / median channel, of E[x^2] ** .5) per layer type, as a table."""
+    info = calibration.info
+    groups: dict[str, list[LayerStats]] = {}
+    for name, stats in calibration.layers.items():
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), []).append(stats)
+    head = f"{'layers':<44}{'n':>4}{'rows seen':>12}{'amax':>11}{'worst/median':>14}{'output var.':>13}"
+    lines = [
+        f"{info.get('source_file', 'unknown source')}: {info.get('architecture', 'unknown family')}, "
+        f"{len(calibration.layers)} layers, {len(info.get('runs', []))} runs",
+        f"sigmas {len(info.get('sigmas', {}))}, cond rows {info.get('cond_rows', 0)}, uncond rows "
+        f"{info.get('uncond_rows', 0)}, sampled rows {sum(len(r.keys) for r in calibration.rows.values())}",
+        head,
+        "-" * len(head),
+    ]
+    for kind, members in groups.items():
+        ratio = max(outlier_ratio(stats) for stats in members)
+        amax = max(float(stats.input_amax.max()) for stats in members)
+        variance = sum(stats.output_variance for stats in members) / len(members)
+        rows = sum(stats.count for stats in members)
+        lines.append(f"{kind:<44}{len(members):>4}{rows:>12}{amax:>11.3g}{ratio:>14.1f}{variance:>13.3g}")
+    return "\n".join(lines)
+
+
+def outlier_ratio(stats: LayerStats) -> float:
+    """RMS of the loudest input channel over the median channel's."""
+    rms = stats.input_sqmean.sqrt()
+    return float(rms.max() / rms.median().clamp(min=1e-30))

@@ -1,0 +1,63 @@
+"""Feed a collector from a model's Linears while it runs. Any torch model: nothing here knows ComfyUI::
+
+collector = Collector(lambda layer: "")
+collector.start_run("first prompt")
+with watch(model, collector):
+    model(x)
+collector.finish_run()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .collector import Collector
+
+_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parts
+
+
+@contextlib.contextmanager
+def watch(model: torch.nn.Module, collector: Collector, *replicas: torch.nn.Module) -> Iterator[None]:
+    """While the block runs, every call of a Linear of ``model`` is told to the collector; outputs do not change.
+
+    replicas: copies of the model on other devices, whose Linears have the same names. Layers are named by their place
+    in the model. Compiled code runs uncompiled meanwhile: it skips hooks that came after its first trace.
+    """
+    handles: list[Any] = []
+    lock = threading.Lock()  # several GPUs work in threads of their own
+    try:
+        for each in (model, *replicas):
+            for name, module in each.named_modules():
+                if is_linear(module):
+                    hook = _feed(collector, name.replace(_COMPILED, ""), lock)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        with _force_eager():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether it multiplies by a 2-D weight; ComfyUI's mixed-precision Linears are no nn.Linear."""
+    own = hasattr(module, "in_features") and hasattr(module, "forward_comfy_cast_weights")
+    return isinstance(module, torch.nn.Linear) or own
+
+
+def _feed(collector: Collector, layer: str, lock: threading.Lock) -> Callable[..., None]:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        with lock:
+            collector.add(layer, args[0] if args else next(iter(kwargs.values())), output)
+
+    return hook
+
+
+def _force_eager() -> contextlib.AbstractContextManager[Any]:
+    if hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()

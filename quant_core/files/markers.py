@@ -1,0 +1,71 @@
+"""How a file says that its layers are quantized: inline ``comfy_quant`` tensors and the header. No torch.
+
+Both are made from one object when we write, and a file in which they contradict each other is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibQuantError
+from .header import Headers
+
+METADATA_KEY = "_quantization_metadata"
+PROVENANCE_KEY = "calibquant"
+FP8 = ("F8_E4M3", "F8_E5M2")
+
+
+# What ComfyUI's loader acts on; group_size, orig_dtype and orig_shape are ignored there and differ between tools.
+LOADER_FIELDS = ("format", "full_precision_matrix_mult", "convrot", "convrot_groupsize", "linear_dtype")
+
+
+def declared_formats(file: Headers, prefix: str = "") -> dict[str, str]:
+    """Layer -> format as the file itself declares it, inline or in the header; a contradiction is an error."""
+    return {layer: config["format"] for layer, config in declared_configs(file, prefix).items()}
+
+
+def declared_configs(file: Headers, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Layer (as the file's tensors name it) -> everything that the two places declare of it, "format" at least."""
+    configs: dict[str, Any] = {}
+    for layer, config in header_layers(file).items():
+        if layer.startswith(prefix) or layer + ".weight" not in file.entries:
+            configs[layer if layer + ".weight" in file.entries else prefix + layer] = config
+    for key in file.entries:
+        if key.endswith(".comfy_quant") and key.startswith(prefix):
+            layer = key.removesuffix(".comfy_quant")
+            inline = read_config(file, layer)
+            header = configs.get(layer, inline)
+            if _acted_on(file.path, layer, header) != _acted_on(file.path, layer, inline):
+                raise CalibQuantError(
+                    f"{file.path}: layer {layer} is {inline} by its comfy_quant tensor and {header} by the header: "
+                    "one of the two is wrong: quantize again"
+                )
+            configs[layer] = {**header, **inline}
+    for layer, config in configs.items():
+        _acted_on(file.path, layer, config)
+    return configs
+
+
+def header_layers(file: Headers) -> dict[str, Any]:
+    """The ``layers`` object of the header's ``_quantization_metadata`` ({} without one)."""
+    try:
+        layers = json.loads(file.metadata.get(METADATA_KEY, '{"layers": {}}'))["layers"]
+        return dict(layers)
+    except (ValueError, KeyError, TypeError) as e:
+        raise CalibQuantError(f"{file.path}: {METADATA_KEY} in the header is damaged ({e})") from e
+
+
+def read_config(file: Headers, layer: str) -> Any:
+    """The JSON of a layer's inline ``comfy_quant`` tensor."""
+    try:
+        return json.loads(file.read_bytes(layer + ".comfy_quant"))
+    except ValueError as e:
+        raise CalibQuantError(f"{file.path}: layer {layer} has a damaged comfy_quant tensor ({e})") from e
+
+
+def _acted_on(path: Path, layer: str, config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict) or not isinstance(config.get("format"), str):
+        raise CalibQuantError(f"{path}: layer {layer} has quantization data without a format: the file is damaged")
+    return {name: config[name] for name in LOADER_FIELDS if config.get(name)}

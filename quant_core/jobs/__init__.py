@@ -1,0 +1,9 @@
+"""The jobs: quantize a source by a plan, convert another dialect, verify and compare a finished file."""
+
+from .comparison import compare
+from .conversion import convert
+from .finished import QuantizedFile
+from .quantization import quantize
+from .verification import verify
+
+__all__ = ["QuantizedFile", "compare", "convert", "quantize", "verify"]

@@ -1,0 +1,91 @@
+"""What a finished file, ours or a peer's, cost in quality: its layers against their source."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from ..errors import CalibQuantError
+from ..evidence.calibration import Calibration
+from ..formats import FORMATS, SOURCE
+from ..models.source import Source
+from ..progress import Progress
+from ..reports.report import LayerReport, Report
+from ..rounding.judge import Judge, as_loaded
+from .finished import QuantizedFile, layer_error
+
+
+def compare(
+    source: Source,
+    path: str | os.PathLike[str],
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+) -> Report:
+    """Per-layer error of a finished file, ours or a peer's, against its source, worst first.
+
+    With a calibration also the error of outputs on its sampled rows: of the weights (and the bias) alone under
+    ``output_errors["file"]``, and as the loader runs the layer. A calibration of other seeds and prompts than those
+    the file was made with makes it a held-out measurement. The worst is then the worst output.
+    """
+    layers = []
+    with QuantizedFile(path) as quantized:
+        pairs = _pairs(source, quantized)
+        for i, (name, other) in enumerate(pairs):
+            if progress:
+                progress(i, len(pairs), f"compare {name}")
+            weight = source.load(name)
+            report = LayerReport(
+                name,
+                quantized.format(other),
+                layer_error(weight, quantized, other),
+                source.shape(name),
+                quantized.nbytes(other),
+            )
+            seen = calibration.layers.get(name.removeprefix(source.prefix)) if calibration else None
+            if calibration and seen and seen.group in calibration.rows and report.format != SOURCE:
+                rows = calibration.rows[seen.group].rows
+                report = _with_output_errors(report, source, weight, rows, quantized, other)
+            layers.append(report)
+        after = quantized.checkpoint.nbytes()
+    layers.sort(key=lambda layer: -layer.output_errors.get("file", 0.0 if calibration else layer.error))
+    before = source.checkpoint.nbytes()
+    return Report(str(source.path), str(path), source.architecture.name, "", before, after, layers=layers)
+
+
+def _with_output_errors(
+    report: LayerReport,
+    source: Source,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    quantized: QuantizedFile,
+    layer: str,
+) -> LayerReport:
+    """The report with what the layer's outputs lose on ``rows`` [n, in]."""
+    judge = Judge(weight, rows, limit=len(rows))
+    decoded = torch.cat(list(quantized.rows(layer, tuple(weight.shape))))
+    shift, key = quantized.bias(layer), f"{report.name}.bias"
+    if shift is not None and key in source.checkpoint.entries:
+        shift = shift - source.checkpoint.read(key).float()
+    smooth = quantized.smoothing(layer)
+    fed = judge.rows if smooth is None else judge.rows * smooth
+    fmt, entry = FORMATS.get(report.format), quantized.runs_as(layer)
+    loader = None
+    if fmt is not None:  # else a format of a peer's whose activations we cannot imitate
+        fed = as_loaded(fmt, fed, entry)
+        loader = judge.error(decoded, shift, fed if smooth is None else fed / smooth)
+    return replace(report, output_errors={"file": judge.error(decoded, shift)}, loader_error=loader)
+
+
+def _pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str]]:
+    """(layer in the source, layer in the file): the two may carry different prefixes."""
+    pairs = []
+    for name in source.layers:
+        other = quantized.prefix + name.removeprefix(source.prefix)
+        if other + ".weight" not in quantized.checkpoint.entries:
+            raise CalibQuantError(
+                f"{quantized.checkpoint.path}: has no layer {other}: it is not made from {source.path}"
+            )
+        pairs.append((name, other))
+    return pairs

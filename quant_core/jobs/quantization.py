@@ -1,0 +1,176 @@
+"""Quantize a source by a plan: every layer rounded, every other tensor copied, one file written."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import CalibQuantError
+from ..evidence.calibration import Calibration
+from ..files.checkpoint import Checkpoint, Hasher, Writer, check_target
+from ..formats import SOURCE
+from ..models.source import Source
+from ..planning.layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
+from ..planning.plan import Plan
+from ..progress import Progress
+from ..reports.report import LayerReport, Report
+from ..rounding.choice import Rounder
+from ..rounding.layerplan import LayerPlan
+from ..rounding.pack import pick_device, refuse_damaged
+
+# Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
+Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+def quantize(
+    source: Source,
+    plan: Plan,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    merge: Merge | None = None,
+    merged: str = "",
+    calibration: Calibration | None = None,
+    rounding: str = "nearest",
+    progress: Progress | None = None,
+) -> Report:
+    """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
+
+    rounding: nearest, search, gptq, or auto, the best that the inputs allow. calibration: what search and gptq weigh
+    errors by; layers planned for HSWQ need it.
+    merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
+    progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
+    Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    refuse_itself(source.checkpoint, output)
+    where, merge = pick_device(device), merge or {}
+    specs = output_specs(source, plan)
+    metadata = output_metadata(source, plan, merged=merged, rounding=rounding)
+    check_target(output, predicted_size(source, plan), overwrite)
+    _check_merge(source, merge)
+    hasher = Hasher(source.checkpoint.files)
+    try:
+        with Writer(output, specs, metadata, overwrite) as writer:
+            layers = _write_tensors(
+                source, plan, writer, Rounder(where, calibration, rounding, source.prefix), merge, progress
+            )
+            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, rounding))
+    finally:
+        hasher.cancel()
+    return Report(
+        str(source.path),
+        str(output),
+        source.architecture.name,
+        plan.recipe,
+        source.checkpoint.nbytes(),
+        output.stat().st_size,
+        time.perf_counter() - started,
+        layers,
+    )
+
+
+def _write_tensors(
+    source: Source, plan: Plan, writer: Writer, rounder: Rounder, merge: Merge, progress: Progress | None
+) -> list[LayerReport]:
+    keys = [key for key in source.checkpoint.entries if key not in source.consumed]
+    written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
+    reports = []
+    for i, key in enumerate(keys):
+        if progress:
+            progress(i, len(keys), key)
+        if key in written:  # with its layer
+            continue
+        layer = key.removesuffix(".weight")
+        entry = plan.layers.get(layer) if key.endswith(".weight") else None
+        if entry and entry.format != SOURCE:
+            reports.append(_write_layer(source, layer, entry, writer, rounder, merge))
+            continue
+        if entry:
+            weight = _merged(source.load(layer), key, merge).to(source.kept_dtype(layer))
+            refuse_damaged(weight, f"{source.path}: layer {layer}")
+            writer.write(key, weight)
+            reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), weight.nbytes, entry.reason))
+        elif source.is_scaled(key):
+            writer.write(key, _merged(source.load(layer), key, merge).to(source.kept_dtype(layer)))
+        elif key in merge:
+            tensor = source.checkpoint.read(key)
+            writer.write(key, _merged(tensor, key, merge).to(tensor.dtype))
+        else:
+            writer.write_chunks(key, source.checkpoint.chunks(key))
+    if progress:
+        progress(len(keys), len(keys), "done")
+    return reports
+
+
+def _write_layer(
+    source: Source, layer: str, entry: LayerPlan, writer: Writer, rounder: Rounder, merge: Merge
+) -> LayerReport:
+    weight = _merged(source.load(layer), f"{layer}.weight", merge)
+    bias = _bias(source, layer, merge)
+    done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}", bias)
+    packed, tensors = done.packed, {**done.packed.tensors}
+    if entry.input_scale is not None:
+        tensors["input_scale"] = torch.tensor(entry.input_scale, dtype=torch.float32)
+    tensors |= done.extra
+    config = layer_config(entry)
+    if config is not None:
+        tensors["comfy_quant"] = encode_config(config)
+    for suffix, tensor in tensors.items():
+        writer.write(f"{layer}.{suffix}", tensor)
+    if bias is not None:
+        writer.write(_bias_key(layer), bias if done.bias is None else done.bias)
+    nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
+    error = packed.error / packed.energy if packed.energy else packed.error
+    return LayerReport(
+        layer,
+        entry.format,
+        error,
+        source.shape(layer),
+        nbytes,
+        entry.reason,
+        done.gains,
+        done.rounding,
+        done.note,
+        done.output_errors,
+        done.loader_error,
+        0.0 if done.bias is None or bias is None else (done.bias.float() - bias.float()).norm().item(),
+    )
+
+
+def _bias_key(layer: str) -> str:
+    return f"{layer}.bias"
+
+
+def _bias(source: Source, layer: str, merge: Merge) -> torch.Tensor | None:
+    """The layer's bias [out] with its patches, in the dtype it is kept in; None where there is none."""
+    key = _bias_key(layer)
+    if key not in source.checkpoint.entries:
+        return None
+    bias = source.checkpoint.read(key)
+    merged = _merged(bias, key, merge).to(bias.dtype)
+    refuse_damaged(merged, f"{source.path}: layer {layer}", "bias")
+    return merged
+
+
+def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:
+    return merge[key](weight.float()) if key in merge else weight
+
+
+def _check_merge(source: Source, merge: Merge) -> None:
+    for key in merge:
+        if key not in source.checkpoint.entries:
+            raise CalibQuantError(
+                f"{source.path}: has no tensor {key}, which a LoRA patches: link the MODEL made from this file"
+            )
+
+
+def refuse_itself(checkpoint: Checkpoint, output: Path) -> None:
+    if output.exists() and any(output.samefile(file) for file in checkpoint.files):
+        raise CalibQuantError(f"{output}: is the source itself: give another output name")

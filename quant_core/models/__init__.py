@@ -1,0 +1,1 @@
+"""A model file: its family, its layers, its weights."""

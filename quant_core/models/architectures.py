@@ -1,0 +1,346 @@
+"""What is known of each model family: one table row per family, no code per family.
+
+A row says by which keys a family is known, where its numbered blocks are, which layers see the same input, which stay
+in the source dtype by default, and from which layers' shapes ComfyUI detects the model.  ``describe`` makes a layer's
+``LayerInfo`` from its name and the row alone.  Adding a family is adding a row.
+
+Sources: ComfyUI 0.29 ``comfy/model_detection.py`` (detection keys, shapes read) and its model classes (blocks, shared
+inputs); ``tests/test_architectures.py`` checks the rows against both.  Patterns see names without prefix and ".weight".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import CalibQuantError
+
+# Longest first.  ComfyUI itself strips only the first; the second is the naming of LoRA trainers and ModelSave tools.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+Rules = tuple[tuple[str, str], ...]  # (regular expression, reason), first match wins
+Shared = tuple[tuple[str, tuple[str, ...]], ...]  # (where in the name, kinds); see Architecture.shared
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What the table knows of one layer."""
+
+    name: str  # as in the checkpoint, prefix included, without ".weight"
+    subgraph: str  # "main", "context_refiner", "double", "vace", "input" …; "" outside the blocks
+    block: int | None  # index within the subgraph
+    kind: str  # layer type: the name with the block part removed ("attention.qkv", "ffn.0", "x_embedder")
+    shared_input: str  # id of the group of layers that see the same input, "" when alone
+    protected: str  # why the layer stays in the source dtype by default, "" if it may be quantized
+    detects_shape: str  # why the layer must never be NVFP4, "" otherwise
+    note: str = ""  # what is known of its sensitivity; binds nobody, recipes and reports may use it
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row of the table.
+
+    ``blocks`` patterns have the named groups ``block`` and ``kind``.  ``sub``, if there, numbers blocks within a block:
+    the index is then ``10 * block + sub`` (input_blocks.4.1.transformer_blocks.1 is block 41; none has more than 10).
+    ``shared`` lists kinds that are called with the same tensor: within one block ("block"), or in all blocks of all
+    subgraphs ("model": text context and timestep embedding are computed once and handed to every block).
+    """
+
+    name: str
+    title: str
+    all_of: tuple[str, ...] = ()  # keys that must all be there
+    any_of: tuple[str, ...] = ()  # of these at least one, where there are any
+    none_of: tuple[str, ...] = ()  # keys of look-alikes with a row of their own (or none yet)
+    not_size: tuple[tuple[str, int, int], ...] = ()  # (key, dimension, size) of look-alikes with the very same keys
+    blocks: tuple[tuple[str, str], ...] = ()  # (subgraph, pattern)
+    shared: Shared = ()
+    protected: Rules = ()
+    shape_read: Rules = ()
+    notes: Rules = ()
+
+    def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """True if these keys (and shapes, where known), without prefix, are a model of this family."""
+        return (
+            all(key in keys for key in self.all_of)
+            and (not self.any_of or any(key in keys for key in self.any_of))
+            and not any(key in keys for key in self.none_of)
+            and not any(key in shapes and shapes[key][dim] == size for key, dim, size in self.not_size)
+        )
+
+    def describe(self, layer: str) -> LayerInfo:
+        """Describe one layer.
+
+        ``layer`` is a name with or without prefix and ".weight".  Never fails: a name the row does not know lies
+        outside the blocks and is protected.
+        """
+        layer = layer.removesuffix(".weight")
+        name = layer.removeprefix(_prefix_of(layer))
+        subgraph, block, kind = self._place(name)
+        protected = _first_match(self.protected, name)
+        if block is None:
+            protected = protected or _OUTSIDE
+        shape_read = _first_match(self.shape_read, name)
+        shared = self._shared(name, kind) if block is not None else ""
+        return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, _first_match(self.notes, name))
+
+    def _place(self, name: str) -> tuple[str, int | None, str]:
+        for subgraph, pattern in self.blocks:
+            if match := re.match(pattern, name):
+                groups = match.groupdict()
+                block = int(groups["block"])
+                if "sub" in groups:
+                    block = 10 * block + int(groups["sub"] or 0)
+                return groups.get("subgraph") or subgraph, block, groups["kind"]
+        return "", None, name
+
+    def _shared(self, name: str, kind: str) -> str:
+        for scope, kinds in self.shared:
+            if kind in kinds:
+                where = name.removesuffix(kind) if scope == "block" else "*."
+                return where + "{" + ",".join(kinds) + "}"
+        return ""
+
+
+def detect(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Architecture:
+    """Return the row of the model with these keys.
+
+    ``keys`` may carry a prefix and lie among text encoder and VAE keys; ``shapes`` (same keys) settles the families
+    that keys alone do not tell apart.  Never fails: a model without a row of its own is ``generic``.
+    """
+    keys = list(keys)
+    prefix = split_prefix(keys)
+    bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    bare_shapes = {key.removeprefix(prefix): shape for key, shape in (shapes or {}).items() if key.startswith(prefix)}
+    return next(row for row in ARCHITECTURES if row.matches(bare, bare_shapes))
+
+
+def by_name(name: str) -> Architecture:
+    """Return the row called ``name``; CalibQuantError lists the known names."""
+    for row in ARCHITECTURES:
+        if row.name == name:
+            return row
+    known = ", ".join(row.name for row in ARCHITECTURES)
+    raise CalibQuantError(f"unknown architecture {name!r}: known are {known}; leave it out to detect it from the file")
+
+
+def split_prefix(keys: Iterable[str]) -> str:
+    """Return the prefix of the diffusion model's keys in this file: one of PREFIXES, or ""."""
+    found = {_prefix_of(key) for key in keys}
+    return next((prefix for prefix in PREFIXES if prefix in found), "")
+
+
+def _prefix_of(name: str) -> str:
+    return next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+
+
+def _first_match(rules: Rules, name: str) -> str:
+    return next((reason for pattern, reason in rules if re.search(pattern, name)), "")
+
+
+# --- reasons
+_OUTSIDE = "lies outside the numbered blocks"
+_EMBEDDER = "embedder: every block depends on it, and it is small"
+_TIME = "timestep or guidance embedder: scales every block at every step, and it is small"
+_FINAL = "final layer: nothing downstream evens its error out"
+_NORM = ((r"(?:^|\.)[^.]*norm[^.]*$", "norm: one value per channel, not a matrix"),)
+_READ = "ComfyUI reads {} from the shape of its weight, which NVFP4 packing halves: the file would not load"
+
+
+def _numbered(container: str) -> str:
+    return rf"^{container}\.(?P<block>\d+)\.(?P<kind>.+)$"
+
+
+# --- rows
+# Z-Image differs from Lumina 2 by a modulation without SiLU, so its Linear is number 0 of its Sequential, not 1.
+# ComfyUI tells them apart by the width (3840); the key says the same of all published files, and of small models too.
+_LUMINA2 = Architecture(
+    name="lumina2",
+    title="Lumina 2",
+    all_of=("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"),
+    blocks=(
+        ("main", _numbered("layers")),
+        ("context_refiner", _numbered("context_refiner")),
+        ("noise_refiner", _numbered("noise_refiner")),
+        ("siglip_refiner", _numbered("siglip_refiner")),  # Z-Image Omni
+    ),
+    shared=(
+        ("block", ("feed_forward.w1", "feed_forward.w3")),
+        ("model", ("adaLN_modulation.0",)),  # the timestep embedding itself
+        ("model", ("adaLN_modulation.1",)),  # its SiLU
+    ),
+    protected=(
+        (r"^(?:x_embedder|cap_embedder|siglip_embedder|clip_text_pooled_proj)(?:\.|$)", _EMBEDDER),
+        (r"^(?:t_embedder|time_text_embed)\.", _TIME),
+        (r"^(?:final_layer|dec_net)\.", _FINAL),
+        *_NORM,
+    ),
+    shape_read=((r"^cap_embedder\.1$", _READ.format("the width of the text features")),),
+    notes=(
+        (r"\.adaLN_modulation\.[01]$", "convert_to_quant --zimage keeps it; the published recipes keep layers 22-29"),
+        (r"^(?:context|noise)_refiner\.", "convert_to_quant --zimage_refiner keeps it: a refiner has only two blocks"),
+        (r"^layers\.29\.attention\.qkv$", "the published recipes keep it: only the final layer follows"),
+    ),
+)
+
+_ZIMAGE = replace(
+    _LUMINA2,
+    name="zimage",
+    title="Z-Image",
+    all_of=(*_LUMINA2.all_of, "noise_refiner.0.adaLN_modulation.0.weight"),
+)
+
+_ZIMAGE_PIXEL = replace(
+    _ZIMAGE,
+    name="zimage_pixel",
+    title="Z-Image in pixel space",
+    all_of=(*_LUMINA2.all_of, "dec_net.cond_embed.weight"),
+    shape_read=(
+        *_LUMINA2.shape_read,
+        (r"^x_embedder$", _READ.format("the patch size")),
+        (r"^dec_net\.input_embedder\.embedder\.0$", _READ.format("the decoder's frequencies")),
+    ),
+)
+
+# 2.1 and 2.2; t2v, i2v, first-last-frame, VACE, and the derivatives that ComfyUI knows by the same head (S2V, HuMo,
+# Animate …), whose extra branches outside blocks.* stay.  ComfyUI reads convolutions, modulation and output sizes only,
+# none of which changes when a Linear whose sizes divide is quantized.
+_WAN = Architecture(
+    name="wan",
+    title="Wan 2.1 / 2.2",
+    all_of=("head.modulation", "head.head.weight", "blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight"),
+    blocks=(("main", _numbered("blocks")), ("vace", _numbered("vace_blocks"))),
+    shared=(
+        ("block", ("self_attn.q", "self_attn.k", "self_attn.v")),
+        ("model", ("cross_attn.k", "cross_attn.v")),  # the embedded text
+        ("model", ("cross_attn.k_img", "cross_attn.v_img")),  # the embedded image
+    ),
+    protected=(
+        (r"^(?:text_embedding|img_emb)\.", _EMBEDDER),
+        (r"^(?:vace_)?patch_embedding", _EMBEDDER),
+        (r"^(?:time_embedding|time_projection)\.", _TIME),
+        (r"^head\.", _FINAL),
+        *_NORM,
+    ),
+)
+
+# Modulation within blocks may be quantized: it is 3.2 of Flux's 11.9 billion weights (bf16 adds 4.6 GB to an NVFP4
+# file).  The field is split: ComfyUI's own fp8 cast takes it; NVIDIA's Qwen-Image-NVFP4 packs it except in the first
+# and last two blocks (sgl-project/sglang#28557); convert_to_quant keeps Flux.2's, which lies outside the blocks, and
+# Qwen-Image's in block 0, and has no preset for Flux.1.
+_MODULATION_NOTE = "modulation: scales a whole block, sees one row per step (costs memory, no time); 8 bit is careful"
+_FLUX = Architecture(
+    name="flux",
+    title="Flux.1 (dev, schnell)",
+    all_of=("img_in.weight", "txt_in.weight", "double_blocks.0.img_mod.lin.weight", "single_blocks.0.linear1.weight"),
+    any_of=tuple(f"double_blocks.0.img_attn.norm.key_norm.{end}" for end in ("scale", "weight")),
+    blocks=(("double", _numbered("double_blocks")), ("single", _numbered("single_blocks"))),
+    shared=(("model", ("img_mod.lin", "txt_mod.lin", "modulation.lin")),),
+    protected=(
+        (r"^(?:img_in|txt_in|vector_in)(?:\.|$)", _EMBEDDER),
+        (r"^(?:time_in|guidance_in)\.", _TIME),
+        (r"^final_layer\.", _FINAL),
+        *_NORM,
+    ),
+    shape_read=(
+        (r"^img_in$", _READ.format("the number of latent channels")),
+        (r"^txt_in$", _READ.format("the width of the text features")),
+        (r"^vector_in\.in_layer$", _READ.format("the width of the pooled text")),
+    ),
+    notes=((r"\.(?:img_mod|txt_mod|modulation)\.lin$", _MODULATION_NOTE),),
+)
+
+_UNET_REST = r"\.(?:transformer_blocks\.(?P<sub>\d+)\.)?(?P<kind>.+)$"
+_SDXL = Architecture(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    all_of=("input_blocks.0.0.weight", "label_emb.0.0.weight"),
+    blocks=(
+        ("input", r"^input_blocks\.(?P<block>\d+)\.\d+" + _UNET_REST),
+        ("middle", r"^middle_block\.(?P<block>\d+)" + _UNET_REST),
+        ("output", r"^output_blocks\.(?P<block>\d+)\.\d+" + _UNET_REST),
+    ),
+    shared=(
+        ("block", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        ("model", ("attn2.to_k", "attn2.to_v")),  # the text
+        ("model", ("emb_layers.1",)),
+    ),
+    protected=(
+        (r"^time_embed\.", _TIME),
+        (r"^label_emb\.", _EMBEDDER),
+        (r"\.emb_layers\.1$", "timestep embedding's entry into a residual block, and it is small"),
+        (r"^input_blocks\.0\.0$", _EMBEDDER),
+        (r"^out\.", _FINAL),
+        (r"\.(?:in_layers|out_layers)\.0$", _NORM[0][1]),
+        *_NORM,
+    ),
+    shape_read=(
+        (r"^label_emb\.0\.0$", _READ.format("the width of the pooled text")),
+        # Only the first transformer is read: input block 4; 3 in KOALA, 1 in SD 2.1 unCLIP, which share these keys.
+        (r"^input_blocks\.[134]\.1\.transformer_blocks\.0\.attn2\.to_k$", _READ.format("the text features' width")),
+    ),
+)
+
+_SD15 = replace(
+    _SDXL,
+    name="sd15",
+    title="Stable Diffusion 1.x / 2.x",
+    all_of=("input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"),
+    none_of=("label_emb.0.0.weight",),
+    shape_read=(
+        (r"^input_blocks\.1\.1\.transformer_blocks\.0\.attn2\.to_k$", _READ.format("the text features' width")),
+    ),
+)
+
+_QWEN_IMAGE = Architecture(
+    name="qwen_image",
+    title="Qwen-Image",
+    all_of=("txt_norm.weight", "img_in.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight"),
+    not_size=(("txt_norm.weight", 0, 2560),),  # Mage-Flow: the same keys
+    blocks=(("main", _numbered("transformer_blocks")),),
+    shared=(
+        ("block", ("attn.to_q", "attn.to_k", "attn.to_v")),
+        ("block", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+        ("model", ("img_mod.1",)),  # apart: with reference images txt_mod sees half of img_mod's rows
+        ("model", ("txt_mod.1",)),
+    ),
+    protected=(
+        (r"^(?:img_in|txt_in)$", _EMBEDDER),
+        (r"^time_text_embed\.", _TIME),
+        (r"^(?:norm_out\.linear|proj_out)$", _FINAL),
+        *_NORM,
+    ),
+    shape_read=((r"^img_in$", _READ.format("the number of latent channels")),),
+    notes=(
+        (r"\.(?:img|txt)_mod\.1$", _MODULATION_NOTE),
+        (r"^transformer_blocks\.(?:0|1|58|59)\.", "NVIDIA's Qwen-Image-NVFP4 keeps the first and last two blocks"),
+    ),
+)
+
+# Any model: a numbered member of something called …block(s), …layer(s) or …refiner is a block, the outermost if nested.
+# Shared inputs are not guessed.  The never-list joins those of the families ComfyUI detects by an input width.
+_GENERIC = Architecture(
+    name="generic",
+    title="unknown family",
+    blocks=(("", r"^(?P<subgraph>(?:.+?\.)??[^.]*(?:block|layer|refiner)s?)\.(?P<block>\d+)\.(?P<kind>.+)$"),),
+    protected=(
+        (r"(?:^|\.)distilled_guidance_layer\.", _TIME),  # Chroma: makes the modulation of all blocks
+        *_NORM,
+    ),
+    shape_read=tuple(
+        (pattern, _READ.format("the model's dimensions"))
+        for pattern in (
+            *(r"^(?:img_in|txt_in)$", r"^vector_in\.in_layer$", r"^cap_embedder\.1$", r"^label_emb\.0\.0$"),
+            r"^input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k$",
+            *(r"^context_embedder$", r"^x_embedder(?:\.proj(?:\.1)?)?$", r"^y_embedder\.mlp\.0$"),  # SD3, Cosmos
+            *(r"^txt_in\.input_embedder$", r"^img_in\.proj$", r"^vision_in\.proj\.0$"),  # HunyuanVideo
+            r"^transformer_blocks\.0\.attn2\.to_k$",  # LTX-Video, within a block
+            *(r"^patch_embed\.(?:text_)?proj$", r"^blocks\.0\.norm1\.linear$", r"^ofs_embedding_linear_1$"),  # CogVideo
+        )
+    ),
+)
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    *(_ZIMAGE_PIXEL, _ZIMAGE, _LUMINA2, _WAN, _FLUX, _SDXL, _SD15, _QWEN_IMAGE),
+    _GENERIC,
+)

@@ -1,0 +1,161 @@
+"""A model file to be quantized: its family, its layers, its FP8 dialect. Headers only, no torch.
+
+FP8 files with scales come in three dialects. Each is one row of ``DIALECTS``; their weights are multiplied by
+their scale when read (``source``), so that everything downstream sees the real weights.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CalibQuantError
+from ..files.header import Headers, TensorEntry
+from ..files.markers import FP8, declared_formats
+from .architectures import Architecture, LayerInfo, by_name, detect, split_prefix
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one kind of FP8 file names its scales. Suffixes replace ``.weight``; marker is a key of the whole file."""
+
+    name: str
+    title: str
+    scale: str
+    input_scale: str | None = None
+    marker: str | None = None
+    metadata: str | None = None
+
+
+NATIVE = Dialect("native", "ComfyUI native (comfy_quant)", ".weight_scale", ".input_scale")
+DIALECTS = (
+    NATIVE,
+    Dialect("scaled_fp8", "legacy scaled_fp8", ".scale_weight", ".scale_input", marker="scaled_fp8"),
+    Dialect("hswq", "HSWQ V2 (.scale)", ".scale"),
+)
+
+
+class ModelFile:
+    """A 16/32-bit (or scaled FP8) diffusion model, open for reading.
+
+    ``layers`` maps each quantizable layer (a 2-D Linear weight of the diffusion model, named as in the checkpoint
+    without ``.weight``) to what the architecture table knows of it. ``prefix`` is what the diffusion model's keys
+    begin with in this file; all other keys (CLIP, VAE of an all-in-one checkpoint) are copied untouched.
+
+    Raises CalibQuantError for a file that is quantized already (anything but FP8) or holds no layer to quantize.
+    """
+
+    reader: type[Headers] = Headers
+
+    def __init__(self, path: str | os.PathLike[str], architecture: str | None = None) -> None:
+        self.checkpoint = self.reader(path)
+        self.path = self.checkpoint.path
+        keys = self.checkpoint.entries
+        _refuse_lora(self.path, keys)
+        self.prefix = split_prefix(keys)
+        self._refuse_quantized()
+        self.dialect = self._dialect()
+        model_shapes = {k: e.shape for k, e in keys.items() if k.startswith(self.prefix)}
+        self.architecture: Architecture = by_name(architecture) if architecture else detect(model_shapes, model_shapes)
+        self.consumed = self._consumed_keys()
+        weights = [k for k, e in keys.items() if self._is_weight(k, e)]
+        self.layers: dict[str, LayerInfo] = {
+            layer: self.architecture.describe(layer)
+            for layer in (k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2)
+        }
+        self.convolutions = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) in (4, 5)]
+        if not any(info.block is not None for info in self.layers.values()):
+            raise CalibQuantError(
+                f"{self.path}: no Linear layer inside a numbered block: this is no diffusion model that can be "
+                "quantized here"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        return self.checkpoint.entries[layer + ".weight"].shape
+
+    def scale_key(self, layer: str) -> str | None:
+        """The key of the scale that this layer's FP8 weight must be multiplied by."""
+        key = layer + self.dialect.scale if self.dialect else None
+        stored_as_fp8 = self.checkpoint.entries[layer + ".weight"].dtype in FP8
+        return key if stored_as_fp8 and key in self.checkpoint.entries else None
+
+    def is_scaled(self, key: str) -> bool:
+        """Whether this key is an FP8 weight with a scale of its own."""
+        is_weight = key.endswith(".weight") and key.startswith(self.prefix)
+        return is_weight and self.scale_key(key.removesuffix(".weight")) is not None
+
+    def warnings(self) -> list[str]:
+        """What the user should know before quantizing this file."""
+        fp8 = [n for n in self.layers if self.checkpoint.entries[n + ".weight"].dtype in FP8]
+        unscaled = [n for n in fp8 if not self.scale_key(n)]
+        notes = []
+        if unscaled:
+            notes.append(f"{len(unscaled)} layers are FP8 without a scale: what that cast lost cannot be restored")
+        elif fp8:
+            notes.append(f"{len(fp8)} layers are scaled FP8, dequantized first: a 16-bit source gives less error")
+        if self.architecture.name == "generic":
+            notes.append("unknown architecture: everything outside numbered blocks stays in the source dtype")
+        return notes
+
+    def _is_weight(self, key: str, entry: TensorEntry) -> bool:
+        return key.startswith(self.prefix) and key.endswith(".weight") and entry.dtype in FLOATS
+
+    def _dialect(self) -> Dialect | None:
+        keys = self.checkpoint.entries
+        fp8 = [k.removesuffix(".weight") for k, e in keys.items() if self._is_weight(k, e) and e.dtype in FP8]
+        found = [d for d in DIALECTS if any(layer + d.scale in keys for layer in fp8)]
+        if len(found) > 1:
+            names = " and ".join(d.title for d in found)
+            raise CalibQuantError(f"{self.path}: mixes the FP8 dialects {names}: quantize from the 16-bit original")
+        return found[0] if found else None
+
+    def _consumed_keys(self) -> frozenset[str]:
+        """Keys that belong to the source's own quantization and must not reach the output."""
+        if not self.dialect:
+            return frozenset()
+        suffixes = [s for s in (self.dialect.scale, self.dialect.input_scale, ".comfy_quant") if s]
+        markers = {self.prefix + self.dialect.marker, self.dialect.marker} if self.dialect.marker else set()
+        return frozenset(
+            key
+            for key in self.checkpoint.entries
+            if key in markers or any(key.endswith(s) and self._has_weight(key, s) for s in suffixes)
+        )
+
+    def _has_weight(self, key: str, suffix: str) -> bool:
+        return key.startswith(self.prefix) and key.removesuffix(suffix) + ".weight" in self.checkpoint.entries
+
+    def _refuse_quantized(self) -> None:
+        for layer, fmt in declared_formats(self.checkpoint, self.prefix).items():
+            if not fmt.startswith("float8_"):
+                raise CalibQuantError(_already(self.path, layer, fmt))
+        for key, entry in self.checkpoint.entries.items():
+            if key.startswith(self.prefix) and key.endswith(".weight") and entry.dtype not in FLOATS:
+                raise CalibQuantError(_already(self.path, key.removesuffix(".weight"), entry.dtype))
+            if key.startswith(self.prefix) and entry.dtype == "F8_E8M0":
+                raise CalibQuantError(_already(self.path, key.rpartition(".")[0], "mxfp8"))
+
+
+def _already(path: Path, layer: str, fmt: str) -> str:
+    return f"{path}: layer {layer} is quantized already ({fmt}): quantize from the 16-bit original"
+
+
+def _refuse_lora(path: Path, keys: dict[str, TensorEntry]) -> None:
+    if any(".lora_up." in k or ".lora_A." in k or ".lora_B." in k for k in keys):
+        raise CalibQuantError(f"{path}: is a LoRA, not a model: give the diffusion model itself")

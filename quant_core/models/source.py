@@ -1,0 +1,59 @@
+"""The weights of a model file: read one at a time, dequantized where the file is scaled FP8."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ..errors import CalibQuantError
+from ..files.checkpoint import DTYPES, Checkpoint
+from .modelfile import ModelFile
+
+
+class Source(ModelFile):
+    """A model file whose weights can be read."""
+
+    reader = Checkpoint
+    checkpoint: Checkpoint
+
+    def load(self, layer: str) -> torch.Tensor:
+        """The real weight ``[out, in]`` in the dtype on disk, or in float32 where an FP8 scale was applied.
+
+        Raises CalibQuantError when the scale does not fit the weight.
+        """
+        weight = self.checkpoint.read(layer + ".weight")
+        key = self.scale_key(layer)
+        if key is None:
+            return weight
+        return apply_scale(self.path, layer, weight, self.checkpoint.read(key))
+
+    def kept_dtype(self, layer: str) -> torch.dtype:
+        """The dtype in which the weight is written when a plan leaves it alone."""
+        if self.scale_key(layer):
+            return self.model_dtype
+        return DTYPES[self.checkpoint.entries[layer + ".weight"].dtype]
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The 16/32-bit dtype that most tensors of the diffusion model have; bfloat16 when none has one."""
+        wide = Counter(
+            e.dtype
+            for k, e in self.checkpoint.entries.items()
+            if k.startswith(self.prefix) and e.dtype in ("BF16", "F16") and k.endswith((".weight", ".bias"))
+        )
+        return DTYPES[wide.most_common(1)[0][0]] if wide else torch.bfloat16
+
+
+def apply_scale(path: Path, layer: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 weight * scale for a scale of one element or one per output row."""
+    scale = scale.float()
+    if scale.numel() == 1:
+        return weight.float() * scale.reshape(())
+    if scale.numel() == weight.shape[0]:
+        return weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    raise CalibQuantError(
+        f"{path}: layer {layer} has a scale of shape {tuple(scale.shape)}, which is neither per tensor nor per row: "
+        "quantize from the 16-bit original"
+    )

@@ -1,0 +1,120 @@
+"""What the output file consists of: every tensor, the header, and so its exact size before any work is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import CalibQuantError
+from ..files.checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size
+from ..files.markers import METADATA_KEY, PROVENANCE_KEY, header_layers
+from ..formats import FORMATS, SOURCE
+from ..models.source import Source
+from ..rounding import smoothing
+from ..rounding.layerplan import LayerPlan
+from .plan import Plan
+
+
+def encode_config(config: Mapping[str, Any]) -> torch.Tensor:
+    """The ``comfy_quant`` tensor: uint8 [n], the UTF-8 bytes of the JSON."""
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+def layer_config(entry: LayerPlan) -> dict[str, Any] | None:
+    """The one object from which both the inline tensor and the header entry are made."""
+    return None if entry.format == SOURCE else FORMATS[entry.format].config(entry.full_precision)
+
+
+def layer_specs(source: Source, layer: str, entry: LayerPlan) -> list[TensorSpec]:
+    """The tensors that replace ``layer.weight`` in the output."""
+    if entry.format == SOURCE:
+        return [TensorSpec(f"{layer}.weight", source.kept_dtype(layer), source.shape(layer))]
+    layout = FORMATS[entry.format].layout(source.shape(layer))
+    specs = [TensorSpec(f"{layer}.{suffix}", dtype, shape) for suffix, (dtype, shape) in layout.items()]
+    if entry.pre_quant_scale:
+        specs.append(TensorSpec(f"{layer}.{smoothing.KEY}", torch.bfloat16, source.shape(layer)[1:]))
+    if entry.input_scale is not None:
+        specs.append(TensorSpec(f"{layer}.input_scale", torch.float32, ()))
+    config = layer_config(entry)
+    if config is not None:
+        specs.append(TensorSpec(f"{layer}.comfy_quant", torch.uint8, (len(encode_config(config)),)))
+    return specs
+
+
+def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:
+    """Every tensor of the output, in the order of the source."""
+    check(source, plan)
+    specs: list[TensorSpec] = []
+    for key, entry in source.checkpoint.entries.items():
+        layer = key.removesuffix(".weight")
+        if key in source.consumed:
+            continue
+        if key.endswith(".weight") and layer in plan.layers:
+            specs += layer_specs(source, layer, plan.layers[layer])
+        elif source.is_scaled(key):  # a scaled Conv weight: its scale has no place in the native dialect
+            specs.append(TensorSpec(key, source.kept_dtype(layer), entry.shape))
+        else:
+            specs.append(TensorSpec(key, DTYPES[entry.dtype], entry.shape))
+    return specs
+
+
+def output_metadata(
+    source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "", rounding: str = "nearest"
+) -> dict[str, str]:
+    """The source's own metadata plus the two entries of ours.
+
+    ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none. Both hashes and the name of the
+    rounding have one length, so the size is known without them.
+    """
+    untouched = {
+        layer: config
+        for layer, config in header_layers(source.checkpoint).items()
+        if source.prefix and not layer.startswith(source.prefix) and layer + ".weight" in source.checkpoint.entries
+    }
+    ours = {layer: config for layer, entry in plan.layers.items() if (config := layer_config(entry)) is not None}
+    provenance = {
+        "tool": f"ComfyUI-CalibQuant {__version__}",
+        "source": {"file": source.name, "sha256": sha256},
+        "architecture": plan.architecture,
+        "recipe": plan.recipe,
+        "rounding": f"{rounding:<7}",
+        "calibration": plan.calibration,
+        "merged_patches_sha256": merged or HASH_PLACEHOLDER,
+        "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
+    }
+    metadata = {k: v for k, v in source.checkpoint.metadata.items() if k not in (METADATA_KEY, PROVENANCE_KEY)}
+    if ours or untouched:
+        metadata[METADATA_KEY] = json.dumps({"format_version": "1.0", "layers": {**untouched, **ours}})
+    metadata[PROVENANCE_KEY] = json.dumps(provenance, ensure_ascii=False)
+    return metadata
+
+
+def predicted_size(source: Source, plan: Plan) -> int:
+    """Exact bytes of the file that this plan makes of this source."""
+    return file_size(output_specs(source, plan), output_metadata(source, plan))
+
+
+def check(source: Source, plan: Plan) -> None:
+    """CalibQuantError when the plan does not fit the source."""
+    for layer, entry in plan.layers.items():
+        known = layer in source.layers or layer in source.convolutions
+        if not known:
+            raise CalibQuantError(
+                f"{source.path}: has no layer {layer}, which the plan names: make a plan for this file"
+            )
+        if entry.format == SOURCE:
+            continue
+        obstacle = FORMATS[entry.format].obstacle(source.shape(layer))
+        if not obstacle and entry.format == "nvfp4" and source.layers[layer].detects_shape:
+            obstacle = source.layers[layer].detects_shape
+        if obstacle:
+            raise CalibQuantError(f"{source.path}: layer {layer} cannot be {entry.format}: {obstacle}: change the plan")
+        if entry.pre_quant_scale and entry.format not in smoothing.FORMATS:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer}: {smoothing.KEY} exists for {', '.join(smoothing.FORMATS)} only, not "
+                f"for {entry.format}: change the plan"
+            )

@@ -1,0 +1,92 @@
+"""What was decided for each layer, why, and exactly how large the file will be."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import CalibQuantError
+from ..files.text import read_text, write_text
+from ..formats import FORMATS, SOURCE
+from ..rounding.layerplan import LayerPlan
+
+FORMAT_VERSION = 1
+ROUNDINGS = ("", "hswq")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision per 2-D weight of the diffusion model, in the order of the source file.
+
+    ``size`` is the exact number of bytes of the output file, header included, for the source the plan was made
+    for (0 in a plan written by hand).
+    """
+
+    architecture: str
+    recipe: str
+    source: str
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    size: int = 0
+    calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
+
+    def count(self) -> dict[str, int]:
+        """Layers per format, in the order of the format table, "bf16" last."""
+        counts = Counter(entry.format for entry in self.layers.values())
+        return {name: counts[name] for name in (*FORMATS, SOURCE) if counts[name]}
+
+    def quantized(self) -> dict[str, LayerPlan]:
+        return {name: entry for name, entry in self.layers.items() if entry.format != SOURCE}
+
+    def to_json(self) -> str:
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
+        write_text(path, self.to_json(), overwrite)
+
+
+def from_json(text: str, origin: str = "plan") -> Plan:
+    """Parse and check a plan; CalibQuantError names what is wrong with it."""
+    try:
+        raw = json.loads(text)
+    except ValueError as e:
+        raise CalibQuantError(f"{origin}: is no JSON ({e}): make the plan again") from e
+    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        raise CalibQuantError(f"{origin}: plan format version {version} is not {FORMAT_VERSION}: make the plan again")
+    try:
+        layers = {name: _layer(origin, name, entry) for name, entry in raw["layers"].items()}
+        return Plan(
+            str(raw["architecture"]),
+            str(raw["recipe"]),
+            str(raw["source"]),
+            layers,
+            int(raw["size"]),
+            raw.get("calibration"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CalibQuantError(f"{origin}: is no plan of this tool ({e!r}): make the plan again") from e
+
+
+def load(path: str | os.PathLike[str]) -> Plan:
+    return from_json(read_text(path), str(path))
+
+
+def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
+    fmt = entry["format"]
+    if fmt != SOURCE and fmt not in FORMATS:
+        raise CalibQuantError(f"{origin}: layer {name}: unknown format {fmt!r}: use {', '.join([*FORMATS, SOURCE])}")
+    rounding = entry.get("rounding", "")
+    if rounding not in ROUNDINGS:
+        raise CalibQuantError(f"{origin}: layer {name}: unknown rounding {rounding!r}: use {', '.join(ROUNDINGS)}")
+    scale = entry.get("input_scale")
+    return LayerPlan(
+        fmt,
+        str(entry.get("reason", "")),
+        bool(entry.get("full_precision", False)),
+        None if scale is None else float(scale),
+        rounding,
+        bool(entry.get("pre_quant_scale", False)),
+    )

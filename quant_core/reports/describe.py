@@ -1,0 +1,58 @@
+"""What a file is, from its headers alone. No torch, so that `calibquant inspect` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from typing import Any
+
+from ..files.header import Headers
+from ..files.markers import FP8, PROVENANCE_KEY, declared_formats
+from ..models.architectures import detect, split_prefix
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Architecture, layers per format, bytes and provenance of any checkpoint, from headers only.
+
+    (Inline ``comfy_quant`` tensors are read too, a few bytes per layer.)
+    """
+    with Headers(path) as file:
+        prefix = split_prefix(file.entries)
+        model = {k: e for k, e in file.entries.items() if k.startswith(prefix)}
+        declared = declared_formats(file, prefix)
+        architecture = detect(model, {k: e.shape for k, e in model.items()})
+        layers = {}
+        for key, entry in model.items():
+            if key.endswith(".weight") and len(entry.shape) == 2:
+                layer = key.removesuffix(".weight")
+                bare = "float8_e4m3fn_unscaled" if entry.dtype in FP8 else entry.dtype
+                layers[layer] = {"format": declared.get(layer, bare), "shape": list(entry.shape), "bytes": entry.nbytes}
+        return {
+            "file": str(file.path),
+            "files": len(file.files),
+            "bytes": file.nbytes(),
+            "tensors": len(file.entries),
+            "architecture": architecture.name,
+            "architecture_title": architecture.title,
+            "prefix": prefix,
+            "other_tensors": len(file.entries) - len(model),
+            "formats": dict(Counter(layer["format"] for layer in layers.values())),
+            "dtypes": _bytes_per_dtype(file),
+            "layers": layers,
+            "provenance": _provenance(file),
+        }
+
+
+def _bytes_per_dtype(file: Headers) -> dict[str, int]:
+    totals: Counter[str] = Counter()
+    for entry in file.entries.values():
+        totals[entry.dtype] += entry.nbytes
+    return dict(totals.most_common())
+
+
+def _provenance(file: Headers) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.metadata.get(PROVENANCE_KEY, "null"))
+    except ValueError:
+        return None

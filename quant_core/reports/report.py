@@ -1,0 +1,106 @@
+"""What came out of a job or a comparison: one entry per layer, and the few lines that sum them up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+
+from ..files.text import gigabytes
+from ..formats import FORMATS, SOURCE, title
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a finished file. error: ||W - Q||^2 / ||W||^2 (relative error of the weights; 0 when kept)."""
+
+    name: str
+    format: str
+    error: float
+    shape: tuple[int, ...]
+    nbytes: int
+    reason: str = ""
+    gains: dict[str, float] | None = None  # importance-weighted relative error by ingredient (hswq.Gains)
+    rounding: str = ""
+    note: str = ""  # why not a better rounding
+    output_errors: dict[str, float] = field(default_factory=dict)  # by ingredient, weights only, on sampled inputs
+    loader_error: float | None = None  # of outputs with the inputs quantized as the loader will
+    bias_change: float = 0.0  # norm of what was added to the bias
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out: sizes in bytes, seconds of the whole job, one entry per layer."""
+
+    source: str
+    output: str
+    architecture: str
+    recipe: str
+    bytes_before: int
+    bytes_after: int
+    seconds: float = 0.0
+    layers: list[LayerReport] = field(default_factory=list)
+
+    def count(self) -> dict[str, int]:
+        counts = Counter(layer.format for layer in self.layers)
+        return {name: counts[name] for name in (*FORMATS, SOURCE) if counts[name]}
+
+    def worst(self) -> LayerReport | None:
+        """The quantized layer with the largest relative error."""
+        quantized = [layer for layer in self.layers if layer.format != SOURCE]
+        return max(quantized, key=lambda layer: layer.error, default=None)
+
+    def mean_error(self) -> float:
+        """Mean relative weight error of the quantized layers, every layer counting the same."""
+        errors = [layer.error for layer in self.layers if layer.format != SOURCE]
+        return fmean(errors) if errors else 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    def summary(self) -> str:
+        """Three lines for the node and the terminal: size, layers per format, worst layer."""
+        saved = 100 * (1 - self.bytes_after / self.bytes_before) if self.bytes_before else 0.0
+        counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in self.count().items())
+        lines = [
+            f"{gigabytes(self.bytes_before)} → {gigabytes(self.bytes_after)} (−{saved:.0f} %)",
+            f"layers: {counts}",
+        ]
+        worst = self.worst()
+        if worst:
+            lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
+        return "\n".join([*lines, *self._rounding(), *self._gains()])
+
+    def _rounding(self) -> list[str]:
+        """Mean output error by rounding, over the layers that were measured on sampled inputs."""
+        measured = [layer for layer in self.layers if layer.output_errors]
+        if not measured:
+            return []
+        parts = [f"{name} {fmean(errors):.2e}" for name, errors in self._by_ingredient(measured).items()]
+        loader = [layer.loader_error for layer in measured if layer.loader_error is not None]
+        parts += [f"as the loader runs it {fmean(loader):.2e}"] if loader else []
+        used = Counter(layer.rounding for layer in measured if layer.rounding)
+        lines = [f"output error on sampled inputs, mean of {len(measured)} layers, weights only: {', '.join(parts)}"]
+        return lines + ([f"rounding: {', '.join(f'{n} {name}' for name, n in used.items())}"] if used else [])
+
+    @staticmethod
+    def _by_ingredient(measured: list[LayerReport]) -> dict[str, list[float]]:
+        """Output errors by ingredient, in the order in which they build on each other, and of what was chosen."""
+        found: dict[str, list[float]] = {}
+        for layer in measured:
+            for name, error in layer.output_errors.items():
+                found.setdefault(name, []).append(error)
+        if any(layer.rounding for layer in measured):
+            found["chosen"] = [layer.output_errors[layer.rounding] for layer in measured]
+        return found
+
+    def _gains(self) -> list[str]:
+        """What each of HSWQ's ingredients gave, averaged over the layers it was used on."""
+        measured = [layer.gains for layer in self.layers if layer.gains]
+        if not measured:
+            return []
+        means = {name: sum(g[name] for g in measured) / len(measured) for name in measured[0]}
+        plain = means["plain_cast"] or 1.0
+        parts = [f"{name.replace('_', ' ')} {m:.2e} ({100 * (m / plain - 1):+.1f} %)" for name, m in means.items()]
+        return [f"HSWQ, importance-weighted error, mean of {len(measured)} layers: " + ", ".join(parts)]

@@ -1,0 +1,1 @@
+"""Which number a weight becomes: nearest, searched scales, GPTQ, HSWQ, and the choice between them."""

@@ -1,0 +1,161 @@
+"""GPTQ: round one column after the other and let the columns still to come absorb the error; then refine.
+
+With H = E[x x^T] of the layer's inputs and U the upper Cholesky factor of H^-1, rounding column i changes the later
+columns by -(w_i - q_i) / U_ii * U_i,: (Frantar et al., arXiv 2210.17323). Loud columns come first, when most others are
+left to absorb their error; those that share a scale stay together. Scales are searched inside the loop, on the
+columns as they are when their group is reached, weighted by 1 / U_ii^2: what an error in that column costs after the
+best compensation. Then every column is rounded again, now that the errors of the later ones are known too: coordinate
+descent on tr((W - Q) H (W - Q)^T) (Behdin et al., "QuantEase", arXiv 2309.01885).
+
+``benchmarks/gptq_variants.py`` measures on held-out inputs what each of these is worth, and what was left out because
+it is worth nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import Codes, Format
+
+LEAST_DAMPING, DAMPING = 0.01, 0.03  # of the mean diagonal; see damping()
+COLUMNS = 128  # whose updates to the rest are gathered into one matrix product
+ROWS = 4096  # of the weight at once, so that memory is bounded by H and not by the weight
+PASSES = 2  # of refinement: the first takes 12 % off the error, the second 3 %, two more 1 %
+SHARED = (32, 16)  # columns that may share a scale: MXFP8's and NVFP4's blocks
+MIN_ROWS = 32  # distinct; with fewer, GPTQ fits those and is worse than nearest on other inputs
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What GPTQ needs of the inputs of a group of layers: the damped H and U, both float32 [in, in].
+
+    order: int64 [in], the columns that rows and columns of H and U stand for.
+    """
+
+    hessian: torch.Tensor
+    upper: torch.Tensor
+    order: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.hessian.nbytes + self.upper.nbytes
+
+
+def damping(distinct: int, width: int) -> float:
+    """What to add to H's diagonal, as a share of its mean: the more, the fewer distinct rows H was made of."""
+    return max(LEAST_DAMPING, DAMPING * math.sqrt(width / distinct))
+
+
+def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str:
+    """H and U of input ``rows`` [n, in]; or the reason why there are none.
+
+    mean: E[x], float32 [in], for a layer whose bias will take up the mean error: H is then the covariance.
+    """
+    distinct = len({row.numpy().tobytes() for row in rows.cpu().view(torch.uint8)})
+    if distinct < MIN_ROWS:
+        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {MIN_ROWS}): calibrate on more"
+    x = rows.float() if mean is None else rows.float() - mean
+    order = loud_first(x.square().mean(0))
+    x = x[:, order]
+    hessian = (x.T @ x) / len(x)
+    average = hessian.diagonal().mean()
+    if not torch.isfinite(average) or average <= 0:
+        return "the sampled inputs are constant or not finite"
+    hessian.diagonal().add_(damping(distinct, x.shape[1]) * average)
+    # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
+    root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if failed:
+        return "the Hessian of the sampled inputs is not positive definite"
+    root = root.flip(0, 1)
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True)
+    return Factor(hessian, upper, order)
+
+
+def loud_first(energy: torch.Tensor) -> torch.Tensor:
+    """int64 [in]: columns by falling energy [in], blocks of 32 and 16 kept together where they divide the width."""
+    order = torch.arange(len(energy), device=energy.device).unsqueeze(0)
+    for size in (*(s for s in SHARED if len(energy) % s == 0), 1):
+        parts = order.view(len(order), -1, size)
+        loudest = energy[parts].sum(-1).argsort(dim=1, descending=True, stable=True)
+        order = parts.gather(1, loudest.unsqueeze(-1).expand_as(parts)).reshape(-1, size)
+    return order.reshape(-1)
+
+
+def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
+    """Codes of float32 ``[out, in]``, scales included; deterministic for a device. Rows do not depend on each other."""
+    parts = [_quantize_rows(part, fmt, tensor_scale, inputs) for part in weight.split(ROWS)]
+    scales = [part.scale for part in parts if part.scale is not None]
+    return Codes(torch.cat([part.data for part in parts]), torch.cat(scales) if scales else None, tensor_scale)
+
+
+def _quantize_rows(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
+    # From here on weights are [in, out]: those of a column, which are rounded together, lie side by side in memory.
+    wanted, back = weight.T[inputs.order], inputs.order.argsort()
+    units, steps, scale = _feed_back(wanted.clone(), fmt, tensor_scale, inputs.upper)
+    _refine(wanted, units, steps, fmt, inputs.hessian)
+    if fmt.group and scale is not None:
+        scale = scale.view(torch.uint8)[:, back[:: fmt.group] // fmt.group].view(scale.dtype)
+    return Codes(fmt.round(units[back].T.contiguous()), scale, tensor_scale)
+
+
+def _feed_back(
+    left: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, upper: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One run over the columns of ``left`` [in, out], which is used up.
+
+    Formats with groups choose a scale per group on the way, others theirs before. Returns the rounded weights in units
+    of their steps [in, out], the steps [groups, out] ([1, out] or [1, 1] without groups), and the stored scales.
+    """
+    units, cost = torch.empty_like(left), upper.diagonal().square().reciprocal()  # cost: [in]
+    scales, steps = [], []
+    if not fmt.group:
+        scales.append(fmt.choose(left.T.unsqueeze(1), tensor_scale, cost.unsqueeze(0)))  # [out, 1] or None
+        steps.append(fmt.step(scales[0], tensor_scale).reshape(-1))
+    for start in range(0, len(left), COLUMNS):
+        block = left[start : start + COLUMNS]
+        errors, own = torch.empty_like(block), upper[start : start + COLUMNS, start : start + COLUMNS]
+        for i in range(len(block)):
+            column = start + i
+            if fmt.group and column % fmt.group == 0:
+                group = slice(column, column + fmt.group)
+                blocks = left[group].T.contiguous().unsqueeze(1)  # [out, 1, group]
+                scales.append(fmt.choose(blocks, tensor_scale, cost[group].unsqueeze(0)))
+                steps.append(fmt.step(scales[-1][:, 0], tensor_scale))
+            if column % (fmt.group or len(left)) == 0:
+                inverse = _inverse(steps[-1])
+            units[column] = fmt.snap(block[i] * inverse)
+            torch.sub(block[i], units[column] * steps[-1], out=errors[i])
+            errors[i] /= own[i, i]
+            block[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
+        rest = slice(start + len(block), None)
+        left[rest].addmm_(upper[start : start + len(block), rest].T, errors, alpha=-1)
+    return units, torch.stack(steps), None if scales[0] is None else torch.cat(scales, dim=1)
+
+
+def _refine(wanted: torch.Tensor, units: torch.Tensor, steps: torch.Tensor, fmt: Format, hessian: torch.Tensor) -> None:
+    """Round each column of ``wanted`` [in, out] anew, given what all others leave, PASSES times; changes ``units``."""
+    width, span = len(wanted), len(wanted) // len(steps)  # columns that a step holds for
+    weight = hessian / hessian.diagonal().unsqueeze(1)  # its row i: how far column i moves for the errors of the others
+    rounded = units * steps.repeat_interleave(span, dim=0)
+    pull = weight @ (wanted - rounded)
+    inverse = _inverse(steps)
+    for start in PASSES * list(range(0, width, COLUMNS)):
+        block = slice(start, start + COLUMNS)
+        near, own, before = pull[block].clone(), weight[block, block], rounded[block].clone()
+        for i in range(len(near)):
+            column, group = start + i, (start + i) // span
+            now = rounded[column]
+            unit = fmt.snap((now + near[i]).mul_(inverse[group]))
+            value = unit * steps[group]
+            near.addr_(own[:, i], now - value)
+            now.copy_(value)
+            units[column] = unit
+        pull.addmm_(weight[:, block], before.sub_(rounded[block]))
+
+
+def _inverse(step: torch.Tensor) -> torch.Tensor:
+    """1 / step; 0 for a step of 0, whose weights become zeros."""
+    return torch.where(step == 0, 0.0, 1.0 / step)
