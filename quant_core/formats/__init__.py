@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..errors import CalibQuantError
-from . import fp8, int8, mxfp8, nvfp4
-from .base import Codes, FileTensors, Format, Layout
+from . import fp8, int8, mxfp8, nvfp4, w4a8
+from .base import Codes, FileTensors, Format, Frame, Grid, Layout, join, turn
 
 # "bf16" means: left in the source dtype, byte for byte. It is a decision of a plan, not a codec.
 SOURCE = "bf16"
-FORMATS: dict[str, Format] = {f.name: f for f in (nvfp4.FORMAT, mxfp8.FORMAT, fp8.FORMAT, int8.FORMAT, fp8.UNSCALED)}
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        *(nvfp4.FORMAT, w4a8.FORMAT, w4a8.SIX, mxfp8.FORMAT, fp8.FORMAT),
+        *(int8.CONVROT, int8.FORMAT, fp8.UNSCALED),
+    )
+}
 
 
 def by_name(name: str) -> Format:
@@ -18,9 +27,38 @@ def by_name(name: str) -> Format:
     return FORMATS[name]
 
 
+def stored(config: Mapping[str, Any], bits: float = 8.0) -> Format | None:
+    """The format of a layer of a finished file by its ``comfy_quant``, ours or a peer's; None: not known here.
+
+    bits: stored per weight, which tells 4- from 6-bit codes.
+    """
+    params = config.get("params")
+    known = {**(params if isinstance(params, dict) else {}), **config}
+    size = known.get("convrot_groupsize", 256)
+    if known["format"] == int8.FORMAT.name and known.get("convrot"):
+        return int8.ConvRot(size)
+    if known["format"] == w4a8.FORMAT.name:
+        return w4a8.W6A8(size) if bits == 6 else w4a8.W4A8(size)
+    return FORMATS.get(known["format"])
+
+
 def title(name: str) -> str:
     """The name as people write it: "NVFP4", "FP8", "BF16"."""
     return "BF16" if name == SOURCE else by_name(name).title
 
 
-__all__ = ["FORMATS", "SOURCE", "Codes", "FileTensors", "Format", "Layout", "by_name", "title"]
+__all__ = [
+    "FORMATS",
+    "SOURCE",
+    "Codes",
+    "FileTensors",
+    "Format",
+    "Frame",
+    "Grid",
+    "Layout",
+    "by_name",
+    "join",
+    "stored",
+    "title",
+    "turn",
+]

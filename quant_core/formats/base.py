@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -13,24 +14,56 @@ Shape = tuple[int, ...]
 # Suffix of a tensor in the file ("weight", "weight_scale", …) -> its dtype and shape.
 Layout = dict[str, tuple[torch.dtype, Shape]]
 FileTensors = dict[str, torch.Tensor]
+TURNED = 1 << 22  # elements rotated at once
+BLOCKS = (256, 64, 16)  # of columns that are rotated together, best first
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What holds for whole rows before groups of columns get a scale of their own.
+
+    tensor: float32 scalar, the scale of the whole tensor (NVFP4, FP8), or float32 [levels], its codebook (W4A8).
+    rows: float32 [R, 1], a scale per row (W4A8). None where a format has no such thing.
+    """
+
+    tensor: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Codes:
     """A quantized weight before packing: one code per (padded) weight, scales in plain row order.
 
-    data: [R, C] codes, uint8 for FP4, float8_e4m3fn or int8 otherwise.
-    scale: per block [R, C / block], per row [R, 1], or None where only the tensor has a scale.
-    tensor_scale: float32 scalar, or None.
+    data: [R, C] codes, uint8 for FP4 and codebooks, float8_e4m3fn or int8 otherwise.
+    scale: per group [R, C / group], per row [R, 1], or None where only the tensor has a scale.
     """
 
     data: torch.Tensor
     scale: torch.Tensor | None = None
-    tensor_scale: torch.Tensor | None = None
+    frame: Frame = Frame()
+
+
+def join(parts: Sequence[Codes]) -> Codes:
+    """The codes of rows that were quantized apart, with one ``Frame.tensor``."""
+    scales = [part.scale for part in parts if part.scale is not None]
+    rows = [part.frame.rows for part in parts if part.frame.rows is not None]
+    frame = Frame(parts[0].frame.tensor, torch.cat(rows) if rows else None)
+    return Codes(torch.cat([part.data for part in parts]), torch.cat(scales) if scales else None, frame)
+
+
+class Grid(Protocol):
+    """The values that weights may become, given their scale."""
+
+    def snap(self, weight: torch.Tensor) -> torch.Tensor:
+        """float32, the nearest value of each; ``weight`` broadcasts against the scale the grid was made for."""
 
 
 class Format(Protocol):
-    """One storage format of one layer. Adding a format is adding a module with such an object to ``FORMATS``."""
+    """One storage format of one layer. Adding a format is adding a module with such an object to ``FORMATS``.
+
+    Weights are rounded in a basis of the format's own: columns rotated by ``turn`` in blocks of ``rotation``. What is
+    between ``frame`` and ``dequantize`` sees rotated weights; shapes, files and ``decode`` know the original only.
+    """
 
     name: str
     title: str
@@ -43,21 +76,25 @@ class Format(Protocol):
     def layout(self, shape: Shape) -> Layout:
         """Exactly the tensors a weight ``[out, in]`` becomes in the file, besides ``comfy_quant``."""
 
-    def config(self, full_precision: bool = False) -> dict[str, Any] | None:
+    def config(self, shape: Shape, full_precision: bool = False) -> dict[str, Any] | None:
         """The JSON of ``comfy_quant`` and of the header entry; None where the loader needs no marker."""
 
-    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor | None:
-        """The per-tensor scale (float32 scalar) by the nearest rule from max|w| (float32 scalar)."""
+    def rotation(self, columns: int) -> int:
+        """Columns that are rotated together; 0: none."""
 
-    def quantize(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> Codes:
-        """Round float32 ``[out, in]`` to nearest. Rows are independent once the tensor scale is given."""
+    def tensor(self, weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor | None:
+        """``Frame.tensor`` by the nearest rule, from a whole (rotated) weight of any float dtype and its max|w|."""
+
+    def frame(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Frame:
+        """The frame of some rows of the weight, float32 [R, in]."""
+
+    def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
+        """Round float32 ``[out, in]`` to nearest. Rows are independent once ``tensor`` is given."""
 
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
         """float32 ``[out, in]`` of the codes, computed here and not by comfy-kitchen."""
 
-    def choose(
-        self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor
-    ) -> torch.Tensor | None:
+    def choose(self, blocks: torch.Tensor, frame: Frame, importance: torch.Tensor) -> torch.Tensor | None:
         """The stored scale of each block with the least sum of importance * (q - w)**2; the nearest rule wins ties.
 
         A format where searching gains nothing returns the nearest rule's.
@@ -66,44 +103,105 @@ class Format(Protocol):
         dtype of ``Codes.scale``, or None where blocks have no scale of their own.
         """
 
-    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
-        """float32 value of one code unit for stored scales (same shape as ``scale``)."""
+    def grid(self, scale: torch.Tensor | None, frame: Frame) -> Grid:
+        """The grid of stored scales. A frame's rows are a column vector: give ``scale`` as [rows, …]."""
 
-    def round(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Nearest codes of weights already divided by their step."""
-
-    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
-        """The same as float32 values of the codes, in units of the step."""
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor | None, frame: Frame) -> torch.Tensor:
+        """Nearest codes of a padded float32 weight [R, C] for given stored scales."""
 
     def pack(self, codes: Codes) -> FileTensors:
         """Lay codes and scales out as the file wants them."""
 
-    def kernel(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> FileTensors:
+    def kernel(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> FileTensors:
         """The same as pack(quantize(weight)) by comfy-kitchen's own kernel (its CUDA kernel on a GPU)."""
 
     def decode(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
-        """float32 ``[out, in]`` of file tensors, by comfy-kitchen's dequantize: the loader's own arithmetic."""
+        """float32 ``[out, in]`` of file tensors in the original basis: the loader's own arithmetic."""
+
+    def feed(self, rows: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
+        """Inputs float32 [n, in] as the loader feeds them to its matrix product, in the original basis.
+
+        input_scale: the stored one, float32 scalar; None: the loader's own rule.
+        """
+
+
+class Linear:
+    """What formats share whose values are code times step: no rotation, a grid of steps."""
+
+    def rotation(self, columns: int) -> int:
+        return 0
+
+    def frame(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Frame:
+        return Frame(tensor)
+
+    def grid(self, scale: torch.Tensor | None, frame: Frame) -> Grid:
+        return Steps(self.step(scale, frame), self.snap)
+
+    def step(self, scale: torch.Tensor | None, frame: Frame) -> torch.Tensor:
+        """float32 value of one code unit for stored scales."""
+        raise NotImplementedError
+
+    def snap(self, scaled: torch.Tensor) -> torch.Tensor:
+        """float32 values of the nearest codes of weights already divided by their step."""
+        raise NotImplementedError
+
+
+class Steps:
+    """A grid of one step for each scale; a step of 0 makes zeros."""
+
+    def __init__(self, step: torch.Tensor, snap: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._step, self._snap = step, snap
+        self._inverse = torch.where(step == 0, 0.0, 1.0 / step)
+
+    def snap(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._snap(weight * self._inverse) * self._step
 
 
 def best_scale(
-    blocks: torch.Tensor,
-    importance: torch.Tensor,
-    candidates: torch.Tensor,
-    decoded: Callable[[torch.Tensor], torch.Tensor],
+    blocks: torch.Tensor, importance: torch.Tensor, candidates: torch.Tensor, grid: Callable[[torch.Tensor], Grid]
 ) -> torch.Tensor:
     """Of candidate scales [candidates, rows, blocks] the one with the least weighted squared error, [rows, blocks].
 
-    decoded(candidates) gives the blocks rounded with each scale, float32 [candidates, rows, blocks, group]. The first
-    of equals wins, so the nearest rule's scale comes first.
+    grid(one candidate [rows, blocks, 1]) snaps the blocks. The first of equals wins, so the nearest rule's comes first.
     """
-    errors = (decoded(candidates) - blocks).square_().mul_(importance).sum(-1)
+    errors = torch.stack(
+        [(grid(c.unsqueeze(-1)).snap(blocks) - blocks).square_().mul_(importance).sum(-1) for c in candidates]
+    )
     return candidates.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
-def rounded(fmt: Format, blocks: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Blocks [rows, blocks, group] rounded to nearest with steps [..., rows, blocks]; zero steps give zeros."""
-    step = step.unsqueeze(-1)
-    return fmt.snap(torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step))) * step
+@lru_cache
+def hadamard(size: int, device: torch.device) -> torch.Tensor:
+    """The regular orthogonal Hadamard matrix, float32 [size, size], of a size that is a power of 4: symmetric, so it is
+    its own inverse, and with equal row sums, so that no channel collects the mean ("ConvRot", arXiv 2512.03673).
+    """
+    four = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
+    matrix = four
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return (matrix / size**0.5).to(device)
+
+
+def turn(x: torch.Tensor, size: int) -> torch.Tensor:
+    """``x`` [n, in] with its columns rotated in blocks of ``size`` (0: as it is), float32; turned twice it is x again.
+
+    Turning both a weight and its inputs leaves their product as it is.
+    """
+    if not size:
+        return x
+    matrix = hadamard(size, x.device)
+    parts = x.float().split(max(1, TURNED // x.shape[1]))  # as many rows at once as comfy-kitchen: equal bits
+    return torch.cat([(part.reshape(len(part), -1, size) @ matrix).view_as(part) for part in parts])
+
+
+def largest_block(columns: int) -> int:
+    """The largest block of columns that can be rotated together, of those that the loader's kernels take; else 0."""
+    return next((size for size in BLOCKS if columns % size == 0), 0)
+
+
+def no_block(shape: Shape) -> str:
+    """The obstacle that rotated formats share."""
+    return "" if largest_block(shape[1]) else f"{shape[1]} columns do not divide by {min(BLOCKS)}"
 
 
 def roundup(value: int, multiple: int) -> int:

@@ -12,12 +12,12 @@ import comfy_kitchen as ck
 import torch
 
 from . import base
-from .base import Codes, FileTensors, Layout, Shape
+from .base import Codes, FileTensors, Frame, Layout, Shape
 
 E4M3_MAX = 448.0
 
 
-class FP8:
+class FP8(base.Linear):
     name = "float8_e4m3fn"
     title = "FP8"
     group = 0
@@ -29,43 +29,50 @@ class FP8:
     def layout(self, shape: Shape) -> Layout:
         return {"weight": (torch.float8_e4m3fn, shape), "weight_scale": (torch.float32, ())}
 
-    def config(self, full_precision: bool = False) -> dict[str, Any] | None:
+    def config(self, shape: Shape, full_precision: bool = False) -> dict[str, Any] | None:
         return base.with_precision({"format": self.name}, full_precision)
 
-    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
+    def tensor(self, weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         # A scale of 1 for an all-zero tensor: the loader divides by it.
         # Not a power of two, unlike NVFP4's: that costs up to 2.4 % of error here (benchmarks/scales.py).
         # Not below the smallest normal number: its reciprocal would be Inf, and Inf * 0 is NaN.
         return (torch.where(amax == 0, E4M3_MAX, amax) / E4M3_MAX).clamp(min=2.0**-126)
 
-    def quantize(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> Codes:
-        scaled = (weight * (1.0 / tensor_scale)).clamp_(-E4M3_MAX, E4M3_MAX)
-        return Codes(scaled.to(torch.float8_e4m3fn), tensor_scale=tensor_scale)
+    def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
+        return Codes(self.round(weight * (1.0 / tensor)), frame=Frame(tensor))
 
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
-        return codes.data.float() * codes.tensor_scale
+        return codes.data.float() * codes.frame.tensor
 
-    def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> None:
+    def choose(self, blocks: torch.Tensor, frame: Frame, importance: torch.Tensor) -> None:
         return None
 
-    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
-        return tensor_scale
+    def step(self, scale: torch.Tensor | None, frame: Frame) -> torch.Tensor:
+        return frame.tensor
+
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor | None, frame: Frame) -> torch.Tensor:
+        return self.round(weight / frame.tensor)
 
     def round(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Nearest codes of weights already divided by the scale."""
         return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
     def snap(self, scaled: torch.Tensor) -> torch.Tensor:
         return self.round(scaled).float()
 
     def pack(self, codes: Codes) -> FileTensors:
-        return {"weight": codes.data, "weight_scale": codes.tensor_scale}
+        return {"weight": codes.data, "weight_scale": codes.frame.tensor}
 
-    def kernel(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> FileTensors:
-        data = ck.quantize_per_tensor_fp8(weight, tensor_scale, torch.float8_e4m3fn)
-        return {"weight": data, "weight_scale": tensor_scale}
+    def kernel(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> FileTensors:
+        data = ck.quantize_per_tensor_fp8(weight, tensor, torch.float8_e4m3fn)
+        return {"weight": data, "weight_scale": tensor}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         return ck.dequantize_per_tensor_fp8(tensors["weight"], tensors["weight_scale"], output_type=torch.float32)
+
+    def feed(self, rows: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
+        scale = torch.tensor(1.0) if input_scale is None else input_scale  # without one the loader takes 1
+        return self.decode(self.kernel(rows, scale), tuple(rows.shape))
 
 
 class UnscaledFP8(FP8):
@@ -84,20 +91,23 @@ class UnscaledFP8(FP8):
     def layout(self, shape: Shape) -> Layout:
         return {"weight": (torch.float8_e4m3fn, shape)}
 
-    def config(self, full_precision: bool = False) -> None:
+    def config(self, shape: Shape, full_precision: bool = False) -> None:
         return None
 
-    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
+    def tensor(self, weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(amax)
 
     def pack(self, codes: Codes) -> FileTensors:
         return {"weight": codes.data}
 
-    def kernel(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> FileTensors:
-        return {"weight": ck.quantize_per_tensor_fp8(weight, torch.ones_like(tensor_scale), torch.float8_e4m3fn)}
+    def kernel(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> FileTensors:
+        return {"weight": ck.quantize_per_tensor_fp8(weight, torch.ones_like(tensor), torch.float8_e4m3fn)}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         return tensors["weight"].float()
+
+    def feed(self, rows: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
+        return rows
 
 
 FORMAT = FP8()

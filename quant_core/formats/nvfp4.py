@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.float_utils import from_blocked, pack_uint4, to_blocked
 
 from . import base
-from .base import Codes, FileTensors, Layout, Shape, roundup
+from .base import Codes, FileTensors, Frame, Layout, Shape, roundup
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -23,7 +23,7 @@ E4M3_MAX = 448.0
 QUARTERS = 25  # of one: all above 6 rounds to 6
 
 
-class NVFP4:
+class NVFP4(base.Linear):
     name = "nvfp4"
     title = "NVFP4"
     group = BLOCK
@@ -48,50 +48,48 @@ class NVFP4:
             "weight_scale_2": (torch.float32, ()),
         }
 
-    def config(self, full_precision: bool = False) -> dict[str, Any]:
+    def config(self, shape: Shape, full_precision: bool = False) -> dict[str, Any]:
         return base.with_precision({"format": self.name}, full_precision)
 
-    def tensor_scale(self, amax: torch.Tensor) -> torch.Tensor:
+    def tensor(self, weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         return base.power_of_two_at_least(amax / (E2M1_MAX * E4M3_MAX))
 
-    def quantize(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> Codes:
+    def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
         weight = base.pad(weight, BLOCK)
         blocks = weight.view(weight.shape[0], -1, BLOCK)
-        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / tensor_scale)  # 0 / 0 in an all-zero tensor
+        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / tensor)  # 0 / 0 in an all-zero tensor
         scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-        return Codes(self.codes(weight, scale, tensor_scale), scale, tensor_scale)
+        frame = Frame(tensor)
+        return Codes(self.codes(weight, scale, frame), scale, frame)
 
-    def codes(self, weight: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    def codes(self, weight: torch.Tensor, scale: torch.Tensor, frame: Frame) -> torch.Tensor:
         """Nearest E2M1 codes, uint8 [R, C], of a padded float32 weight for given block scales [R, C / 16]."""
         blocks = weight.view(weight.shape[0], -1, BLOCK)
-        step = (tensor_scale * scale.float()).unsqueeze(-1)
+        step = self.step(scale, frame).unsqueeze(-1)
         scaled = torch.where(step == 0, torch.zeros_like(blocks), blocks / step)
         return round_e2m1(scaled).view(weight.shape)
 
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
-        step = codes.tensor_scale * codes.scale.float()
+        step = self.step(codes.scale, codes.frame)
         values = e2m1_value(codes.data).view(codes.data.shape[0], -1, BLOCK) * step.unsqueeze(-1)
         return values.view(codes.data.shape)[: shape[0], : shape[1]]
 
-    def choose(self, blocks: torch.Tensor, tensor_scale: torch.Tensor | None, importance: torch.Tensor) -> torch.Tensor:
+    def choose(self, blocks: torch.Tensor, frame: Frame, importance: torch.Tensor) -> torch.Tensor:
         # 13 codes around the nearest rule's (one E4M3 code is 1/8 octave; "4 over 6" is among them) do as well as
         # all 126 (facts/peers.md §3.1)
-        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / tensor_scale).clamp(max=E4M3_MAX)
+        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / frame.tensor).clamp(max=E4M3_MAX)
         nearest = wanted.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
         shifts = torch.tensor(sorted(range(-4, 9), key=abs), device=blocks.device, dtype=torch.int16).view(-1, 1, 1)
         best = base.best_scale(
             blocks,
             importance,
             (nearest + shifts).clamp_(0, 126).to(torch.uint8),
-            lambda code: base.rounded(self, blocks, self.step(code.view(torch.float8_e4m3fn), tensor_scale)),
+            lambda code: self.grid(code.view(torch.float8_e4m3fn), frame),
         )
         return best.view(torch.float8_e4m3fn)
 
-    def step(self, scale: torch.Tensor | None, tensor_scale: torch.Tensor | None) -> torch.Tensor:
-        return tensor_scale * scale.float()
-
-    def round(self, scaled: torch.Tensor) -> torch.Tensor:
-        return round_e2m1(scaled)
+    def step(self, scale: torch.Tensor | None, frame: Frame) -> torch.Tensor:
+        return frame.tensor * scale.float()
 
     def snap(self, scaled: torch.Tensor) -> torch.Tensor:
         return snap_e2m1(scaled)
@@ -100,19 +98,23 @@ class NVFP4:
         return {
             "weight": pack_uint4(codes.data, hi_first=True),
             "weight_scale": to_blocked(codes.scale, flatten=False),
-            "weight_scale_2": codes.tensor_scale,
+            "weight_scale_2": codes.frame.tensor,
         }
 
-    def kernel(self, weight: torch.Tensor, tensor_scale: torch.Tensor | None) -> FileTensors:
-        if tensor_scale == 0:  # comfy-kitchen divides 0 by 0 here and stores NaN scales
-            return self.pack(self.quantize(weight, tensor_scale))
-        packed, scale = ck.quantize_nvfp4(weight, tensor_scale, pad_16x=True)
-        return {"weight": packed, "weight_scale": scale, "weight_scale_2": tensor_scale}
+    def kernel(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> FileTensors:
+        if tensor == 0:  # comfy-kitchen divides 0 by 0 here and stores NaN scales
+            return self.pack(self.quantize(weight, tensor))
+        packed, scale = ck.quantize_nvfp4(weight, tensor, pad_16x=True)
+        return {"weight": packed, "weight_scale": scale, "weight_scale_2": tensor}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         scale = tensors["weight_scale"].view(torch.float8_e4m3fn)
         full = ck.dequantize_nvfp4(tensors["weight"], tensors["weight_scale_2"], scale, output_type=torch.float32)
         return full[: shape[0], : shape[1]]
+
+    def feed(self, rows: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
+        scale = rows.abs().amax() / (E2M1_MAX * E4M3_MAX) if input_scale is None else input_scale
+        return self.decode(self.kernel(rows, scale), tuple(rows.shape))
 
     def unpack_scale(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Block scales in plain row order, float8_e4m3fn [R, C / 16]."""

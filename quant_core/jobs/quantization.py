@@ -119,7 +119,7 @@ def _write_layer(
     if entry.input_scale is not None:
         tensors["input_scale"] = torch.tensor(entry.input_scale, dtype=torch.float32)
     tensors |= done.extra
-    config = layer_config(entry)
+    config = layer_config(entry, source.shape(layer))
     if config is not None:
         tensors["comfy_quant"] = encode_config(config)
     for suffix, tensor in tensors.items():

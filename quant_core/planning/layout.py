@@ -24,9 +24,9 @@ def encode_config(config: Mapping[str, Any]) -> torch.Tensor:
     return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
 
 
-def layer_config(entry: LayerPlan) -> dict[str, Any] | None:
+def layer_config(entry: LayerPlan, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """The one object from which both the inline tensor and the header entry are made."""
-    return None if entry.format == SOURCE else FORMATS[entry.format].config(entry.full_precision)
+    return None if entry.format == SOURCE else FORMATS[entry.format].config(shape, entry.full_precision)
 
 
 def layer_specs(source: Source, layer: str, entry: LayerPlan) -> list[TensorSpec]:
@@ -39,7 +39,7 @@ def layer_specs(source: Source, layer: str, entry: LayerPlan) -> list[TensorSpec
         specs.append(TensorSpec(f"{layer}.{smoothing.KEY}", torch.bfloat16, source.shape(layer)[1:]))
     if entry.input_scale is not None:
         specs.append(TensorSpec(f"{layer}.input_scale", torch.float32, ()))
-    config = layer_config(entry)
+    config = layer_config(entry, source.shape(layer))
     if config is not None:
         specs.append(TensorSpec(f"{layer}.comfy_quant", torch.uint8, (len(encode_config(config)),)))
     return specs
@@ -75,7 +75,8 @@ def output_metadata(
         for layer, config in header_layers(source.checkpoint).items()
         if source.prefix and not layer.startswith(source.prefix) and layer + ".weight" in source.checkpoint.entries
     }
-    ours = {layer: config for layer, entry in plan.layers.items() if (config := layer_config(entry)) is not None}
+    configs = {layer: layer_config(entry, source.shape(layer)) for layer, entry in plan.layers.items()}
+    ours = {layer: config for layer, config in configs.items() if config is not None}
     provenance = {
         "tool": f"ComfyUI-CalibQuant {__version__}",
         "source": {"file": source.name, "sha256": sha256},

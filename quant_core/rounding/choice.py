@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration, LayerStats
-from ..formats import FORMATS, FileTensors, Format
+from ..formats import FORMATS, FileTensors, Format, turn
 from . import gptq, hswq, smoothing
 from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
@@ -75,6 +75,20 @@ class _Task:
     def fmt(self) -> Format:
         return FORMATS[self.entry.format]
 
+    @property
+    def rotation(self) -> int:
+        return self.fmt.rotation(self.weight.shape[1])
+
+    def importance(self) -> torch.Tensor:
+        """E[x^2] in the format's own basis, float32 [in]; without sampled rows as if inputs were independent."""
+        assert self.inputs is not None
+        known, size = self.inputs.stats.input_sqmean, self.rotation
+        if not size:
+            return known
+        if not len(self.inputs.rows):
+            return known.view(-1, size).mean(1, keepdim=True).expand(-1, size).reshape(-1)
+        return turn(self.inputs.rows.float(), size).square().mean(0)
+
     def decode(self, packed: Packed) -> torch.Tensor:
         return self.fmt.decode(packed.tensors, tuple(self.weight.shape))
 
@@ -88,7 +102,7 @@ class Rounder:
         if rounding == "gptq" and calibration is None:
             raise CalibQuantError("--rounding gptq needs --calibration C: use search or nearest without one")
         self._device, self._calibration, self._rounding, self._prefix = device, calibration, rounding, prefix
-        self._factors: OrderedDict[tuple[str, bool], gptq.Factor | str] = OrderedDict()
+        self._factors: OrderedDict[tuple[str, bool, int], gptq.Factor | str] = OrderedDict()
 
     def round(
         self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
@@ -107,7 +121,7 @@ class Rounder:
             return Rounded(nearest(weight, task.fmt, self._device, where), "nearest")
         if task.inputs is None:
             return self._without_inputs(task)
-        return self._best(task, self._shared_factor(task.inputs, bias is not None))
+        return self._best(task, self._shared_factor(task, bias is not None))
 
     def _without_inputs(self, task: _Task) -> Rounded:
         note = "" if self._calibration is None else "not in the calibration"
@@ -124,7 +138,7 @@ class Rounder:
         stats, how = task.inputs.stats, (task.fmt, self._device, task.where)
         packed = {"nearest": nearest(task.weight, *how)}
         if self._rounding != "nearest":
-            packed["search"] = searched(task.weight, *how, stats.input_sqmean)
+            packed["search"] = searched(task.weight, *how, task.importance())
         if isinstance(factor, gptq.Factor):
             packed["gptq"] = by_gptq(task.weight, *how, factor)
         judge = Judge(task.weight, task.inputs.rows)
@@ -164,7 +178,7 @@ class Rounder:
             tried[alpha] = judge.error(task.decode(packed), rows=fed), scale, stretched
         alpha = min(tried, key=lambda a: tried[a][0])
         _, scale, stretched = tried[alpha]
-        done = self._best(stretched, self._factor(stretched.inputs, task.bias is not None))
+        done = self._best(stretched, self._factor(stretched, task.bias is not None))
         weight = task.weight.float()
         error = squared_distance(weight, task.decode(done.packed) * scale.float())  # of W, not of the stretched one
         extra = {smoothing.KEY: scale}
@@ -179,7 +193,7 @@ class Rounder:
         plain = nearest(task.weight, task.fmt, self._device, task.where)  # raises the one error for NaN and Inf
         found = hswq.histogram(task.weight, task.inputs.stats.input_absmean)
         gains = asdict(hswq.gains(found))
-        if task.fmt.config() is None:
+        if task.fmt.config(tuple(task.weight.shape)) is None:
             return Rounded(plain, "nearest", gains=gains)
         amax = hswq.search(found)[0]
         scale = torch.tensor(amax / hswq.TOP if amax else 1.0)
@@ -189,19 +203,23 @@ class Rounder:
         sample = self._calibration.rows.get(group) if self._calibration else None
         return torch.empty(0, 0) if sample is None else sample.rows
 
-    def _factor(self, inputs: _Inputs, centered: bool) -> gptq.Factor | str:
+    def _factor(self, task: _Task, centered: bool) -> gptq.Factor | str:
         """What GPTQ needs, or why there is none ("": it was not asked for)."""
+        assert task.inputs is not None
+        inputs, size = task.inputs, task.rotation
         if self._rounding not in (AUTO, "gptq"):
             return ""
         if not len(inputs.rows):
             return "no input rows were sampled"
-        return gptq.factor(inputs.rows.to(self._device), inputs.stats.input_mean.to(self._device) if centered else None)
+        mean = turn(inputs.stats.input_mean.unsqueeze(0), size).squeeze(0).to(self._device) if centered else None
+        return gptq.factor(turn(inputs.rows.to(self._device), size), mean)
 
-    def _shared_factor(self, inputs: _Inputs, centered: bool) -> gptq.Factor | str:
+    def _shared_factor(self, task: _Task, centered: bool) -> gptq.Factor | str:
         """The same for all layers of a group; the most recent ones are kept, bounded in bytes."""
-        key = inputs.stats.group, centered
+        assert task.inputs is not None
+        key = task.inputs.stats.group, centered, task.rotation
         if key not in self._factors:
-            self._factors[key] = self._factor(inputs, centered)
+            self._factors[key] = self._factor(task, centered)
             while len(self._factors) > 1 and sum(map(_nbytes, self._factors.values())) > FACTOR_BYTES:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(key)

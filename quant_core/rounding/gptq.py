@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import Codes, Format
+from ..formats import Codes, Format, Frame, Grid, join
 
 LEAST_DAMPING, DAMPING = 0.01, 0.03  # of the mean diagonal; see damping()
 COLUMNS = 128  # whose updates to the rest are gathered into one matrix product
@@ -84,78 +84,68 @@ def loud_first(energy: torch.Tensor) -> torch.Tensor:
     return order.reshape(-1)
 
 
-def quantize(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
-    """Codes of float32 ``[out, in]``, scales included; deterministic for a device. Rows do not depend on each other."""
-    parts = [_quantize_rows(part, fmt, tensor_scale, inputs) for part in weight.split(ROWS)]
-    scales = [part.scale for part in parts if part.scale is not None]
-    return Codes(torch.cat([part.data for part in parts]), torch.cat(scales) if scales else None, tensor_scale)
+def quantize(weight: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, inputs: Factor) -> Codes:
+    """Codes of float32 ``[out, in]``, scales included; deterministic for a device. Rows do not depend on each other.
+
+    weight and inputs in the format's own basis; tensor: ``Frame.tensor`` of the whole weight.
+    """
+    return join([_quantize_rows(part, fmt, fmt.frame(part, tensor), inputs) for part in weight.split(ROWS)])
 
 
-def _quantize_rows(weight: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, inputs: Factor) -> Codes:
+def _quantize_rows(weight: torch.Tensor, fmt: Format, frame: Frame, inputs: Factor) -> Codes:
     # From here on weights are [in, out]: those of a column, which are rounded together, lie side by side in memory.
     wanted, back = weight.T[inputs.order], inputs.order.argsort()
-    units, steps, scale = _feed_back(wanted.clone(), fmt, tensor_scale, inputs.upper)
-    _refine(wanted, units, steps, fmt, inputs.hessian)
+    rounded, grids, scale = _feed_back(wanted.clone(), fmt, frame, inputs.upper)
+    _refine(wanted, rounded, grids, inputs.hessian)
     if fmt.group and scale is not None:
         scale = scale.view(torch.uint8)[:, back[:: fmt.group] // fmt.group].view(scale.dtype)
-    return Codes(fmt.round(units[back].T.contiguous()), scale, tensor_scale)
+    return Codes(fmt.codes(rounded[back].T.contiguous(), scale, frame), scale, frame)
 
 
 def _feed_back(
-    left: torch.Tensor, fmt: Format, tensor_scale: torch.Tensor | None, upper: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    left: torch.Tensor, fmt: Format, frame: Frame, upper: torch.Tensor
+) -> tuple[torch.Tensor, list[Grid], torch.Tensor | None]:
     """One run over the columns of ``left`` [in, out], which is used up.
 
-    Formats with groups choose a scale per group on the way, others theirs before. Returns the rounded weights in units
-    of their steps [in, out], the steps [groups, out] ([1, out] or [1, 1] without groups), and the stored scales.
+    Formats with groups choose a scale per group on the way, others theirs before. Returns the rounded weights
+    [in, out], the grid of each group (one without groups), and the stored scales.
     """
-    units, cost = torch.empty_like(left), upper.diagonal().square().reciprocal()  # cost: [in]
-    scales, steps = [], []
-    if not fmt.group:
-        scales.append(fmt.choose(left.T.unsqueeze(1), tensor_scale, cost.unsqueeze(0)))  # [out, 1] or None
-        steps.append(fmt.step(scales[0], tensor_scale).reshape(-1))
+    rounded, cost = torch.empty_like(left), upper.diagonal().square().reciprocal()  # cost: [in]
+    scales: list[torch.Tensor | None] = []
+    grids: list[Grid] = []
+    span = fmt.group or len(left)  # columns that a grid holds for
     for start in range(0, len(left), COLUMNS):
         block = left[start : start + COLUMNS]
         errors, own = torch.empty_like(block), upper[start : start + COLUMNS, start : start + COLUMNS]
         for i in range(len(block)):
             column = start + i
-            if fmt.group and column % fmt.group == 0:
-                group = slice(column, column + fmt.group)
-                blocks = left[group].T.contiguous().unsqueeze(1)  # [out, 1, group]
-                scales.append(fmt.choose(blocks, tensor_scale, cost[group].unsqueeze(0)))
-                steps.append(fmt.step(scales[-1][:, 0], tensor_scale))
-            if column % (fmt.group or len(left)) == 0:
-                inverse = _inverse(steps[-1])
-            units[column] = fmt.snap(block[i] * inverse)
-            torch.sub(block[i], units[column] * steps[-1], out=errors[i])
+            if column % span == 0:
+                group = slice(column, column + span)
+                blocks = left[group].T.contiguous().unsqueeze(1)  # [out, 1, span]
+                scale = fmt.choose(blocks, frame, cost[group].unsqueeze(0))  # [out, 1] or None
+                scales.append(scale)
+                grids.append(fmt.grid(None if scale is None else scale[:, 0], frame))
+            rounded[column] = grids[-1].snap(block[i])
+            torch.sub(block[i], rounded[column], out=errors[i])
             errors[i] /= own[i, i]
             block[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
         rest = slice(start + len(block), None)
         left[rest].addmm_(upper[start : start + len(block), rest].T, errors, alpha=-1)
-    return units, torch.stack(steps), None if scales[0] is None else torch.cat(scales, dim=1)
+    stored = [scale for scale in scales if scale is not None]
+    return rounded, grids, torch.cat(stored, dim=1) if stored else None
 
 
-def _refine(wanted: torch.Tensor, units: torch.Tensor, steps: torch.Tensor, fmt: Format, hessian: torch.Tensor) -> None:
-    """Round each column of ``wanted`` [in, out] anew, given what all others leave, PASSES times; changes ``units``."""
-    width, span = len(wanted), len(wanted) // len(steps)  # columns that a step holds for
+def _refine(wanted: torch.Tensor, rounded: torch.Tensor, grids: list[Grid], hessian: torch.Tensor) -> None:
+    """Round each column of ``wanted`` [in, out] anew given what all others leave, PASSES times; changes ``rounded``."""
+    width, span = len(wanted), len(wanted) // len(grids)
     weight = hessian / hessian.diagonal().unsqueeze(1)  # its row i: how far column i moves for the errors of the others
-    rounded = units * steps.repeat_interleave(span, dim=0)
     pull = weight @ (wanted - rounded)
-    inverse = _inverse(steps)
     for start in PASSES * list(range(0, width, COLUMNS)):
         block = slice(start, start + COLUMNS)
         near, own, before = pull[block].clone(), weight[block, block], rounded[block].clone()
         for i in range(len(near)):
-            column, group = start + i, (start + i) // span
-            now = rounded[column]
-            unit = fmt.snap((now + near[i]).mul_(inverse[group]))
-            value = unit * steps[group]
+            now = rounded[start + i]
+            value = grids[(start + i) // span].snap(now + near[i])
             near.addr_(own[:, i], now - value)
             now.copy_(value)
-            units[column] = unit
         pull.addmm_(weight[:, block], before.sub_(rounded[block]))
-
-
-def _inverse(step: torch.Tensor) -> torch.Tensor:
-    """1 / step; 0 for a step of 0, whose weights become zeros."""
-    return torch.where(step == 0, 0.0, 1.0 / step)

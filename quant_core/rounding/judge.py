@@ -36,17 +36,7 @@ class Judge:
 
 
 def as_loaded(fmt: Format, rows: torch.Tensor, entry: LayerPlan) -> torch.Tensor:
-    """Inputs [n, in] as the loader feeds them to this layer: quantized to the layer's format, or exact.
-
-    Without an ``input_scale`` FP8 uses 1.0 and NVFP4 the largest value of the batch; MXFP8 and INT8 scale as they go.
-    """
-    if not len(rows) or entry.full_precision or fmt.config() is None:
+    """Inputs [n, in] as the loader feeds them to this layer: quantized to the layer's format, or exact."""
+    if not len(rows) or entry.full_precision:
         return rows
-    scale = None
-    if entry.input_scale is not None:
-        scale = torch.tensor(entry.input_scale)
-    elif fmt.name == "nvfp4":
-        scale = rows.abs().amax() / 2688
-    elif fmt.name == "float8_e4m3fn":
-        scale = torch.tensor(1.0)
-    return fmt.decode(fmt.kernel(rows, scale), tuple(rows.shape))
+    return fmt.feed(rows, None if entry.input_scale is None else torch.tensor(entry.input_scale))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CalibQuantError
-from ..formats import Codes, FileTensors, Format
+from ..formats import Codes, FileTensors, Format, Frame, join, turn
 from . import gptq, hswq
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
@@ -49,12 +49,11 @@ def nearest(
     scale: a per-tensor scale (float32 scalar) chosen elsewhere, instead of the format's own rule.
     ``where`` ("FILE: layer L") begins the message of the CalibQuantError raised for a NaN or Inf weight.
     """
-    flat = weight.reshape(weight.shape[0], -1)
-    rows = max(1, CHUNK // flat.shape[1] // fmt.rows) * fmt.rows
+    flat, rows = _own_basis(weight.reshape(weight.shape[0], -1), fmt), _chunk_rows(weight, fmt)
     if device.type != "cpu":
         flat, rows = flat.to(device), flat.shape[0]
     amax, energy = _scan(flat, rows, where)
-    scale = fmt.tensor_scale(amax) if scale is None else scale.to(flat.device)
+    scale = fmt.tensor(flat, amax) if scale is None else scale.to(flat.device)
     tensors, error = (_by_chunks if device.type == "cpu" else _by_kernel)(flat, fmt, scale, rows)
     if weight.dim() != 2:  # Conv weights are rounded as matrices and stored in their own shape
         tensors["weight"] = tensors["weight"].view(weight.shape)
@@ -66,61 +65,62 @@ def searched(
 ) -> Packed:
     """Scales chosen by the least sum of importance * (q - w)**2 instead of by the largest weight.
 
-    weight: [out, in]; importance: float32 [in], E[x^2] of a calibration, or None for the plain squared error.
+    weight: [out, in]; importance: float32 [in], E[x^2] in the format's own basis, or None for the plain squared error.
     """
-    rows = max(1, CHUNK // weight.shape[1] // fmt.rows) * fmt.rows
-    flat = weight.to(device)
+    flat, rows = _own_basis(weight.to(device), fmt), _chunk_rows(weight, fmt)
     amax, energy = _scan(flat, rows, where)
     per_column = torch.ones(weight.shape[1]) if importance is None else importance
     per_column = per_column.to(device)
-    scale = _tensor_scale(flat, fmt, amax, per_column, rows)
-    few = max(fmt.rows, rows // CANDIDATES // fmt.rows * fmt.rows)  # all candidates of a chunk are tried at once
-    parts = [_search_chunk(chunk.float(), fmt, scale, per_column) for chunk in flat.split(few)]
+    tensor = _tensor_scale(flat, fmt, amax, per_column, rows)
+    few = max(fmt.rows, rows // CANDIDATES // fmt.rows * fmt.rows)
+    parts = [_search_chunk(chunk.float(), fmt, tensor, per_column) for chunk in flat.split(few)]
     error = sum(
         squared_distance(chunk.float(), fmt.dequantize(codes, tuple(chunk.shape)))
         for chunk, codes in zip(flat.split(few), parts, strict=True)
     )
-    whole = Codes(
-        torch.cat([c.data for c in parts]),
-        None if parts[0].scale is None else torch.cat([c.scale for c in parts]),
-        scale,
-    )
-    return _packed(fmt, whole, error, energy)
+    return _packed(fmt, join(parts), error, energy)
 
 
-def _search_chunk(chunk: torch.Tensor, fmt: Format, scale: torch.Tensor | None, importance: torch.Tensor) -> Codes:
-    group = fmt.group or chunk.shape[1]
-    blocks = chunk.view(len(chunk), -1, group)
-    chosen = fmt.choose(blocks, scale, importance.view(-1, group))
-    step = fmt.step(chosen, scale)
-    step = step.unsqueeze(-1) if step.dim() else step
-    data = fmt.round(torch.where(step == 0, 0.0, blocks / torch.where(step == 0, 1.0, step))).view(chunk.shape)
-    return Codes(data, chosen, scale)
+def _own_basis(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
+    return turn(weight, fmt.rotation(weight.shape[1]))
+
+
+def _chunk_rows(weight: torch.Tensor, fmt: Format) -> int:
+    return max(1, CHUNK * weight.shape[0] // weight.numel() // fmt.rows) * fmt.rows
+
+
+def _search_chunk(chunk: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, importance: torch.Tensor) -> Codes:
+    group, frame = fmt.group or chunk.shape[1], fmt.frame(chunk, tensor)
+    chosen = fmt.choose(chunk.view(len(chunk), -1, group), frame, importance.view(-1, group))
+    return Codes(fmt.codes(chunk, chosen, frame), chosen, frame)
 
 
 def _tensor_scale(
     flat: torch.Tensor, fmt: Format, amax: torch.Tensor, importance: torch.Tensor, rows: int
 ) -> torch.Tensor | None:
-    """The format's own per-tensor scale, or a searched one where the tensor's scale is all there is."""
-    own = fmt.tensor_scale(amax)
-    if fmt.group or own is None or fmt.config() is None or amax == 0:
+    """The format's own ``Frame.tensor``, or a searched scale where the tensor's scale is all there is."""
+    own = fmt.tensor(flat, amax)
+    if fmt.group or own is None or fmt.config(tuple(flat.shape)) is None or amax == 0:
         return own
     best, _ = hswq.search(hswq.histogram(flat.cpu(), importance.cpu()))
     found = torch.tensor(best / hswq.TOP, device=flat.device)
 
     def cost(scale: torch.Tensor) -> float:
+        grid = fmt.grid(None, Frame(scale))
         chunks = (chunk.float() for chunk in flat.split(rows))
-        return sum(((fmt.snap(x / scale) * scale - x).square() @ importance).sum().item() for x in chunks)
+        return sum(((grid.snap(x) - x).square() @ importance).sum().item() for x in chunks)
 
     # The histogram is exact for 16-bit weights only; of float32 ones (a baked LoRA) it keeps ten mantissa bits.
     return found if cost(found) < cost(own) else own
 
 
 def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
-    """Error feedback over the columns (``gptq.quantize``), with ``inputs`` on ``device``. weight: [out, in]."""
-    flat = weight.to(device, torch.float32)
+    """Error feedback over the columns (``gptq.quantize``). weight: [out, in]; inputs: of rows in the format's own basis
+    on ``device``.
+    """
+    flat = _own_basis(weight.to(device, torch.float32), fmt)
     amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
-    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax), inputs)
+    codes = gptq.quantize(flat, fmt, fmt.tensor(flat, amax), inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
 
@@ -152,22 +152,19 @@ def _damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> str:
     return f"{where}: the {what} has {bad} {kind} values: the source file is damaged"
 
 
-def _by_chunks(flat: torch.Tensor, fmt: Format, scale: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
-    data, scales, error = [], [], 0.0
+def _by_chunks(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
+    parts, error = [], 0.0
     for chunk in flat.split(rows):
         chunk = chunk.float()
-        codes = fmt.quantize(chunk, scale)
-        error += squared_distance(chunk, fmt.dequantize(codes, tuple(chunk.shape)))
-        data.append(codes.data)
-        scales.append(codes.scale)
-    whole = Codes(torch.cat(data), None if scales[0] is None else torch.cat(scales), scale)
-    return fmt.pack(whole), error
+        parts.append(fmt.quantize(chunk, tensor))
+        error += squared_distance(chunk, fmt.dequantize(parts[-1], tuple(chunk.shape)))
+    return fmt.pack(join(parts)), error
 
 
-def _by_kernel(flat: torch.Tensor, fmt: Format, scale: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
+def _by_kernel(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
     flat = flat.float()
-    tensors = fmt.kernel(flat, scale)
-    return tensors, squared_distance(flat, fmt.decode(tensors, tuple(flat.shape)))
+    tensors = fmt.kernel(flat, tensor)
+    return tensors, squared_distance(flat, _own_basis(fmt.decode(tensors, tuple(flat.shape)), fmt))
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
