@@ -159,6 +159,42 @@ def test_gptq_says_so_when_the_hessian_is_not_positive_definite(monkeypatch: pyt
     assert gptq.factor(correlated(256, 32, 1)) == "the Hessian of the sampled inputs is not positive definite"
 
 
+def test_gptq_takes_more_damping_when_the_hessian_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = correlated(64, 256, 1)  # rank 64 of 256: only damping makes it positive definite, and float32 loses 1e-8
+    assert gptq.factor(few).note == ""
+    monkeypatch.setattr(gptq, "damping", lambda distinct, width: 1e-8)
+    assert gptq.factor(few).note == "GPTQ took 100 times the damping (1e-06 of the mean diagonal)"
+
+
+@pytest.mark.parametrize("exponent", [-80, 75, 118])  # squares of the weights leave float32 from 2**-70 and 2**64
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_errors_of_tiny_and_huge_weights_are_those_of_float64(name: str, exponent: int) -> None:
+    weight, x = torch.ldexp(weights(64, 64), torch.tensor(exponent)), correlated(256, 64, 1)
+    done = Rounder(CPU, calibrated(weights(64, 64), x), "auto").round("layer", LayerPlan(name, ""), weight, "w")
+    assert done.rounding == "gptq"
+    wanted, difference = weight.double(), FORMATS[name].decode(done.packed.tensors, (64, 64)).double() - weight.double()
+    assert done.packed.error / done.packed.energy == pytest.approx(
+        (difference.square().sum() / wanted.square().sum()).item(), rel=1e-5
+    )
+    inputs = x.bfloat16().double()
+    relative = (inputs @ difference.T).square().sum() / (inputs @ wanted.T).square().sum()
+    assert done.output_errors["gptq"] == pytest.approx(relative.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "auto"])
+def test_weights_too_large_for_any_format_are_refused(rounding: str) -> None:
+    weight = weights(64, 64).index_fill(1, torch.tensor([3]), 3e38)
+    with pytest.raises(CalibQuantError, match=r"layer L: weights up to 3e\+38 are too large"):
+        Rounder(CPU, None, rounding).round("L", LayerPlan("nvfp4", ""), weight, "layer L")
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
+def test_the_scale_of_the_inputs_does_not_matter_to_gptq(factor: float) -> None:
+    x = correlated(256, 64, 1)
+    ordinary, scaled = gptq.factor(x), gptq.factor(x * factor)
+    assert torch.equal(ordinary.hessian, scaled.hessian) and torch.equal(ordinary.upper, scaled.upper)
+
+
 def test_layers_that_share_an_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     factor = gptq.factor
@@ -188,9 +224,7 @@ def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
 
 def test_too_few_rows_fall_back_to_search_with_the_reason() -> None:
     weight, x = weights(64, 64), correlated(300, 64, 1)
-    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round(
-        "layer", LayerPlan("nvfp4", ""), weight, ""
-    )
+    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "")
     assert done.rounding == "search"
     assert "too few" in done.note
 
@@ -300,9 +334,7 @@ def test_smoothed_inputs_cost_less_as_the_loader_runs_them(with_bias: bool) -> N
 
 def test_smoothing_needs_inputs() -> None:
     with pytest.raises(CalibQuantError, match="layer L: pre_quant_scale needs a calibration"):
-        Rounder(CPU, None, "auto").round(
-            "L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L"
-        )
+        Rounder(CPU, None, "auto").round("L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
