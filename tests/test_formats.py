@@ -56,7 +56,7 @@ def encode(fmt: Format, weight: torch.Tensor, tensor_scale: torch.Tensor | None)
 
 
 def nearest_scale(fmt: Format, weight: torch.Tensor) -> torch.Tensor | None:
-    return fmt.tensor_scale(weight.abs().amax())
+    return fmt.tensor(weight, weight.abs().amax())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -115,7 +115,7 @@ def test_gptq_equals_a_column_by_column_reference(passes: int, centered: bool, m
     monkeypatch.setattr(gptq, "PASSES", passes)
     weight, x = weights(8, 192).double(), (correlated(768, 192, 3) + 0.5).bfloat16()
     fmt, mean = FORMATS["float8_e4m3fn"], x.float().mean(0)
-    scale = fmt.tensor_scale(weight.abs().max().float())
+    scale = fmt.tensor(weight, weight.abs().max().float())
     inputs = gptq.factor(x, mean if centered else None)
     got = fmt.dequantize(gptq.quantize(weight.float(), fmt, scale, inputs), (8, 192))
 

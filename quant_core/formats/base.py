@@ -191,7 +191,7 @@ def turn(x: torch.Tensor, size: int) -> torch.Tensor:
         return x
     matrix = hadamard(size, x.device)
     parts = x.float().split(max(1, TURNED // x.shape[1]))  # as many rows at once as comfy-kitchen: equal bits
-    return torch.cat([(part.reshape(len(part), -1, size) @ matrix).view_as(part) for part in parts])
+    return torch.cat([(part.reshape(len(part), -1, size) @ matrix.T).view_as(part) for part in parts])
 
 
 def largest_block(columns: int) -> int:

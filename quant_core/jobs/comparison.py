@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
-from ..formats import FORMATS, SOURCE
+from ..formats import SOURCE
 from ..models.source import Source
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
@@ -70,7 +70,7 @@ def _with_output_errors(
         shift = shift - source.checkpoint.read(key).float()
     smooth = quantized.smoothing(layer)
     fed = judge.rows if smooth is None else judge.rows * smooth
-    fmt, entry = FORMATS.get(report.format), quantized.runs_as(layer)
+    fmt, entry = quantized.codec(layer), quantized.runs_as(layer)
     loader = None
     if fmt is not None:  # else a format of a peer's whose activations we cannot imitate
         fed = as_loaded(fmt, fed, entry)

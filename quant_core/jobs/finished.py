@@ -10,7 +10,7 @@ import torch
 from ..errors import CalibQuantError
 from ..files.checkpoint import Checkpoint
 from ..files.markers import FP8, declared_configs
-from ..formats import FORMATS, SOURCE
+from ..formats import FORMATS, SOURCE, Format, stored
 from ..models.architectures import split_prefix
 from ..models.modelfile import NATIVE
 from ..models.source import apply_scale
@@ -19,6 +19,12 @@ from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import squared_distance, squared_norm
 
 ROWS = 1024  # rows decoded at once; a multiple of the 128-row tiles in which block scales are swizzled
+
+# What a format's weight may consist of in a file.
+TENSORS = (
+    *("weight", "weight_scale", "weight_scale_2"),
+    *("weight_s_rel", "weight_s_channel", "weight_codebook"),
+)
 
 
 class QuantizedFile:
@@ -36,22 +42,30 @@ class QuantizedFile:
         self.checkpoint.close()
 
     def format(self, layer: str) -> str:
-        """The declared format, "float8_e4m3fn_unscaled" for bare FP8, else "bf16"."""
-        dtype = self.checkpoint.entries[layer + ".weight"].dtype
-        declared = self.configs.get(layer, {}).get("format")
-        return declared or ("float8_e4m3fn_unscaled" if dtype in FP8 else SOURCE)
+        """A key of FORMATS where the layer's is known here, else the declared name; "bf16" when it is not quantized."""
+        codec = self.codec(layer)
+        return codec.name if codec else self.configs.get(layer, {}).get("format", SOURCE)
+
+    def codec(self, layer: str) -> Format | None:
+        """The format that decodes this layer as its file says; None for other formats and for 16-bit layers."""
+        weight = self.checkpoint.entries[layer + ".weight"]
+        if layer not in self.configs:
+            return FORMATS["float8_e4m3fn_unscaled"] if weight.dtype in FP8 else None
+        config, groups = self.configs[layer], self.checkpoint.entries.get(f"{layer}.weight_s_rel")
+        columns = groups.shape[1] * config.get("group_size", 16) if groups else weight.shape[-1]
+        return stored(config, 8 * weight.shape[-1] / columns)
 
     def nbytes(self, layer: str) -> int:
         """Bytes of the layer's weight and of everything that belongs to its quantization."""
-        names = ("weight", "weight_scale", "weight_scale_2", "input_scale", smoothing.KEY, "comfy_quant")
+        names = (*TENSORS, "input_scale", smoothing.KEY, "comfy_quant")
         entries = self.checkpoint.entries
         return sum(entries[f"{layer}.{n}"].nbytes for n in names if f"{layer}.{n}" in entries)
 
     def rows(self, layer: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """float32 parts of the ``[out, ...]`` that acts on unscaled inputs, at most ``ROWS`` rows each."""
-        fmt = self.format(layer)
-        decode = FORMATS[fmt].decode if fmt in FORMATS else None
-        tensors = self._tensors(layer, fmt)
+        codec = self.codec(layer)
+        decode = codec.decode if codec else None
+        tensors = self._tensors(layer, codec)
         if decode and len(shape) == 2 and "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
             tensors["weight_scale"] = tensors["weight_scale"].reshape(())
         smooth = self.smoothing(layer)
@@ -78,20 +92,19 @@ class QuantizedFile:
     def _optional(self, key: str) -> torch.Tensor | None:
         return self.checkpoint.read(key).float() if key in self.checkpoint.entries else None
 
-    def _tensors(self, layer: str, fmt: str) -> dict[str, torch.Tensor]:
-        path, read = self.checkpoint.path, self.checkpoint.read
+    def _tensors(self, layer: str, codec: Format | None) -> dict[str, torch.Tensor]:
+        path, read, fmt = self.checkpoint.path, self.checkpoint.read, self.format(layer)
         if fmt == "float8_e5m2":
             scaled = apply_scale(path, layer, read(layer + ".weight"), read(layer + NATIVE.scale))
             return {"weight": scaled}
-        if fmt not in FORMATS:
+        if codec is None:
             if fmt != SOURCE:
                 raise CalibQuantError(f"{path}: layer {layer}: format {fmt} cannot be decoded here")
             return {"weight": read(layer + ".weight")}
-        config = self.configs.get(layer, {})
-        if config.get("convrot") or config.get("params", {}).get("convrot"):
-            raise CalibQuantError(f"{path}: layer {layer}: rotated INT8 (convrot) cannot be compared here")
-        names = ("weight", "weight_scale", "weight_scale_2")
-        return {n: read(f"{layer}.{n}") for n in names if f"{layer}.{n}" in self.checkpoint.entries}
+        found = {n: read(f"{layer}.{n}") for n in TENSORS if f"{layer}.{n}" in self.checkpoint.entries}
+        if "weight_s_channel" in found:  # one for each row, so that rows can be decoded a part at a time
+            found["weight_s_channel"] = found["weight_s_channel"].reshape(-1, 1)
+        return found
 
 
 def layer_error(source: torch.Tensor, quantized: QuantizedFile, layer: str) -> float:

@@ -25,7 +25,13 @@ from .plan import Plan
 from .scoring import ScoreOptions
 
 # What a layer falls back to when its shape does not fit: 8 bit first, 16 bit last.
-FALLBACK = {"nvfp4": "mxfp8", "mxfp8": "float8_e4m3fn", "int8_tensorwise": SOURCE, "float8_e4m3fn": SOURCE}
+FALLBACK = {
+    "nvfp4": "mxfp8",
+    "mxfp8": "float8_e4m3fn",
+    "asym_w4a8_int8": "int8_tensorwise",
+    "asym_w6a8_int8": "int8_tensorwise",
+    "int8_convrot": "int8_tensorwise",
+}
 # FP8 without a calibrated input_scale would quantize activations at scale 1.0 (56 % error at x ~ 1e-3).
 WEIGHT_ONLY = {"float8_e4m3fn": "weights only (w8a16): no calibrated input_scale"}
 
@@ -99,7 +105,9 @@ RECIPES: dict[str, Recipe] = {
         Recipe("nvfp4", "Every layer NVFP4 where it fits", "nvfp4"),
         Recipe("mxfp8", "Every layer MXFP8 where it fits", "mxfp8"),
         Recipe("fp8", "Every layer FP8 with a scale", "float8_e4m3fn"),
-        Recipe("int8", "Every layer INT8 per row", "int8_tensorwise"),
+        Recipe("int8", "Every layer INT8 per row, rotated where that measures better", "int8_tensorwise"),
+        Recipe("w4a8", "Every layer W4A8 where it fits", "asym_w4a8_int8"),
+        Recipe("w6a8", "Every layer W6A8 where it fits", "asym_w6a8_int8"),
         Recipe(
             "fp8-unscaled",
             "Plain FP8 cast that any FP8 loader reads, Conv weights included",
