@@ -14,9 +14,9 @@ from ..quant_core.evidence.probe import Probe
 from ..quant_core.files.text import gigabytes
 from ..quant_core.formats import title
 from ..quant_core.models.source import Source
-from ..quant_core.planning import convert_to_quant, recipes, scoring
+from ..quant_core.planning import convert_to_quant, recipes, rotation, scoring, targets
 from ..quant_core.planning.plan import Plan
-from .comfyui import folders, patches
+from .comfyui import feedback, folders, patches
 from .probe import percentile_inputs, probe_file
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ProbeType
@@ -32,7 +32,7 @@ class CalibQuantPlan(io.ComfyNode):
             display_name="Quantization Plan",
             category=CATEGORY,
             description="Decides a format for every layer of a 16-bit model, with a reason and the exact file size.",
-            search_aliases=["quantize", "nvfp4", "mxfp8", "fp8", "int8"],
+            search_aliases=["quantize", "nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -79,6 +79,14 @@ class CalibQuantPlan(io.ComfyNode):
                     "Needs a ComfyUI that reads it (newer than 0.29) wherever the file is used; LoRAs added later "
                     "do not fit such a file.",
                 ),
+                io.Combo.Input(
+                    "rotate",
+                    options=list(rotation.CHOICES),
+                    default="auto",
+                    optional=True,
+                    tooltip="INT8 layers of a recipe in a rotated basis, which spreads loud channels. auto: where that "
+                    "measures better, on the calibration's inputs if one is linked. W4A8 and W6A8 always rotate.",
+                ),
             ],
             outputs=[PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
@@ -96,6 +104,7 @@ class CalibQuantPlan(io.ComfyNode):
         calibration: CalibrationHandle | None = None,
         input_scale: bool = True,
         pre_quant_scale: bool = False,
+        rotate: str = "auto",
     ) -> io.NodeOutput:
         if pre_quant_scale:
             patches.require_pre_quant_scale()
@@ -104,9 +113,12 @@ class CalibQuantPlan(io.ComfyNode):
             if seen is not None:
                 recipes.check_calibration(source, seen)
             plan, warning = _plan(source, model_name, strategy, probe, seen)
+            if strategy["strategy"] == "recipe":
+                plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
-            notes = [f"warning: {note}" for note in [*source.warnings(), warning] if note]
+            told = [*source.warnings(), warning, *patches.check_core(plan)]
+            notes = [f"warning: {note}" for note in told if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         lines = [f"{source.architecture.title}: {counts}", f"{gigabytes(before)} → {gigabytes(plan.size)}", *notes]
@@ -117,9 +129,12 @@ def _recipe_input() -> io.Combo.Input:
     return io.Combo.Input(
         "recipe",
         options=list(recipes.RECIPES),
-        tooltip="A named rule set. nvfp4 is smallest (RTX 50 runs it fastest), mxfp8 is near-lossless on RTX 50, "
-        "fp8 suits RTX 40, int8 RTX 20/30. The zimage recipes mix formats as published.",
+        tooltip=f"A named rule set. {'; '.join(_recipe_help(recipe) for recipe in recipes.RECIPES.values())}.",
     )
+
+
+def _recipe_help(recipe: recipes.Recipe) -> str:
+    return f"{recipe.name}: {targets.describe(recipe.base)}" + ("; other layers mixed in" if recipe.rules else "")
 
 
 def _pattern_inputs() -> list[io.Combo.Input | io.String.Input]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import comfy
 import comfy.lora
 import comfy.quant_ops
 import comfy.utils
@@ -16,9 +18,16 @@ from ...quant_core.errors import CalibQuantError
 from ...quant_core.files.header import Headers
 from ...quant_core.models.architectures import Architecture, detect
 from ...quant_core.models.source import Source
+from ...quant_core.planning import targets
+from ...quant_core.planning.plan import Plan
 from ...quant_core.rounding import smoothing
 
 _MODEL_KEY = "diffusion_model."
+
+
+def check_core(plan: Plan) -> list[str]:
+    """What the running ComfyUI cannot load of a plan; CalibQuantError for what it would draw noise from."""
+    return targets.check_core(plan, Path(comfy.__file__).resolve().parents[1])
 
 
 def require_pre_quant_scale() -> None:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from ..planning.plan import Plan
 
 HSWQ = ("hswq", "hswq-v1")
+ROTATE_HELP = "INT8 layers in a rotated basis: auto, a recipe's default, where that measures better"
 SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer than 0.29, which would ignore it"
 
 
 def add_options(c: argparse.ArgumentParser) -> None:
-    from ..planning import convert_to_quant, recipes
+    from ..planning import convert_to_quant, recipes, rotation
 
     c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
     c.add_argument("--calibration", type=Path, metavar="C", help="a *.calibration.safetensors of this model")
@@ -31,6 +32,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--pre-quant-scale", action="store_true", help=SMOOTHING_HELP)
     c.add_argument("--percentiles", nargs=2, type=number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=number, metavar="R", help="share of layers, worst first, kept in 16 bit")
+    c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
     group.add_argument(
@@ -45,10 +47,12 @@ def add_options(c: argparse.ArgumentParser) -> None:
 
 
 def make_plan(source: Source, args: argparse.Namespace) -> Plan:
-    from ..planning import recipes
+    from ..planning import recipes, rotation
 
     calibration = calibration_of(source, args)
     plan = _uncalibrated_plan(source, args, calibration)
+    with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
+        plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
     if calibration is not None and not args.no_input_scale:
         plan = recipes.calibrated(source, plan, calibration)
     return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
@@ -63,11 +67,11 @@ def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Pl
 
 
 def check_core(plan: Plan) -> None:
-    """A plan with ``pre_quant_scale``, given or just made, is only for a ComfyUI that reads it."""
-    from ..rounding import smoothing
+    """Say what the ComfyUI found here cannot load of a plan; refuse what it would draw noise from."""
+    from ..planning import targets
 
-    if any(entry.pre_quant_scale for entry in plan.layers.values()) and (warning := smoothing.refuse_old_core()):
-        print(f"warning: {warning}", file=sys.stderr)
+    for note in targets.check_core(plan):
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | None:

@@ -24,7 +24,7 @@ from ..evidence import calibration
 from ..formats import title
 from ..locate import asset, find_comfyui
 from ..models.source import Source
-from ..planning import recipes
+from ..planning import recipes, targets
 from . import digits
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ class Row:
     error: float = 0.0
     read: float | None = None
     ssim: float | None = None
+    needs: tuple[targets.Target, ...] = ()
+
+    def loads_in(self, comfyui: Path) -> bool:
+        return not any(target.missing(comfyui) for target in self.needs)
 
 
 def run(out: str | os.PathLike[str], seeds: int = 2) -> str:
@@ -64,10 +68,14 @@ def run(out: str | os.PathLike[str], seeds: int = 2) -> str:
     if comfyui is None:
         notes.append("no ComfyUI found (set COMFYUI_PATH): files were verified, but nothing was sampled")
     else:
-        images = _sample(comfyui, [row.path for row in rows], out / "latents.npz", seeds)
-        rows = [_judge(row, drawn, images[0]) for row, drawn in zip(rows, images, strict=True)]
+        loaded = [row for row in rows if row.loads_in(comfyui)]
+        images = _sample(comfyui, [row.path for row in loaded], out / "latents.npz", seeds)
+        judged = {row.name: _judge(row, drawn, images[0]) for row, drawn in zip(loaded, images, strict=True)}
+        rows = [judged.get(row.name, row) for row in rows]
         notes.append(f"sampled by ComfyUI at {comfyui}: 10 digits x {seeds} seeds, 12 steps; n = {10 * seeds}")
-        notes += _pictures(rows, images, out / "samples.png")
+        if newer := [row.name for row in rows if row.name not in judged]:
+            notes.append(f"not sampled, because this ComfyUI is too old to load them: {', '.join(newer)}")
+        notes += _pictures(loaded, images, out / "samples.png")
     return "\n".join([_table(rows), *notes])
 
 
@@ -79,7 +87,9 @@ def _quantize_all(model: Path, out: Path) -> list[Row]:
             if source.architecture.name in (r.architectures or source.architecture.name)
         ]
         jobs: list[tuple[recipes.Recipe, Calibration | None]] = [(recipe, None) for recipe in fitting]
-        jobs.insert(1, (recipes.RECIPES["nvfp4"], calibration.load(asset(CALIBRATION))))
+        seen = calibration.load(asset(CALIBRATION))
+        for name in ("nvfp4", "w4a8"):
+            jobs.insert(1 + [recipe.name for recipe, _ in jobs].index(name), (recipes.RECIPES[name], seen))
         bar = tqdm(jobs, desc="quantize and verify", file=sys.stderr, leave=False, disable=None)
         return [_quantize(source, recipe, seen, out) for recipe, seen in bar]
 
@@ -92,7 +102,7 @@ def _quantize(source: Source, recipe: recipes.Recipe, seen: Calibration | None, 
     report = jobs.quantize(source, plan, path, overwrite=True, calibration=seen, rounding=rounding)
     jobs.verify(source, report)
     layers = ", ".join(f"{n} {title(fmt)}" for fmt, n in report.count().items())
-    return Row(name, path, report.bytes_after, layers, report.mean_error())
+    return Row(name, path, report.bytes_after, layers, report.mean_error(), needs=tuple(targets.needs(plan)))
 
 
 def _sample(comfyui: Path, files: list[Path], npz: Path, seeds: int) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from ..formats import SOURCE
 from ..models.source import Source
 from ..planning.layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
 from ..planning.plan import Plan
+from ..planning.targets import core_needed
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
 from ..rounding.choice import Rounder
@@ -73,6 +74,7 @@ def quantize(
         output.stat().st_size,
         time.perf_counter() - started,
         layers,
+        core_needed(plan),
     )
 
 

@@ -17,6 +17,7 @@ from ..models.source import Source
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
 from .plan import Plan
+from .targets import core_needed
 
 
 def encode_config(config: Mapping[str, Any]) -> torch.Tensor:
@@ -84,6 +85,7 @@ def output_metadata(
         "recipe": plan.recipe,
         "rounding": f"{rounding:<7}",
         "calibration": plan.calibration,
+        "needs_comfyui": core_needed(plan),
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
     }

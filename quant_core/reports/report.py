@@ -41,6 +41,7 @@ class Report:
     bytes_after: int
     seconds: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
+    needs_comfyui: str = ""  # the first version that reads the file
 
     def count(self) -> dict[str, int]:
         counts = Counter(layer.format for layer in self.layers)
@@ -70,6 +71,8 @@ class Report:
         worst = self.worst()
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
+        if self.needs_comfyui:
+            lines.append(f"needs ComfyUI {self.needs_comfyui} or newer")
         return "\n".join([*lines, *self._rounding(), *self._gains()])
 
     def _rounding(self) -> list[str]:

@@ -11,12 +11,7 @@ a layer later is scaled by the factor too, so bake LoRAs first.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-
-from ..errors import CalibQuantError
-from ..locate import find_comfyui
 
 FORMATS = ("nvfp4",)
 ALPHAS = (0.0, 0.25, 0.5)  # 0: no smoothing; larger ones were always worse (facts/peers.md §3.3)
@@ -31,17 +26,3 @@ def pre_quant_scale(weight: torch.Tensor, input_absmean: torch.Tensor, alpha: fl
     loud, peak = input_absmean.clamp(min=tiny), weight.float().abs().amax(0).clamp(min=tiny)
     factor = loud**alpha / peak ** (1 - alpha)
     return (factor.log().mean().exp() / factor).clamp(2.0**-16, 2.0**16).bfloat16()
-
-
-def refuse_old_core(comfyui: Path | None = None) -> str:
-    """CalibQuantError when the ComfyUI found here ignores ``pre_quant_scale``; a warning when there is none to ask."""
-    comfyui = comfyui or find_comfyui()
-    if comfyui is None:
-        return f"no ComfyUI found: only one whose comfy/quant_ops.py knows {KEY} can use this file"
-    loader = comfyui / "comfy" / "quant_ops.py"
-    if not loader.is_file() or KEY not in loader.read_text(encoding="utf-8"):
-        raise CalibQuantError(
-            f"{comfyui}: this ComfyUI ignores {KEY} and would render noise from such a file: update it, set "
-            "COMFYUI_PATH to a newer one, or leave the option off"
-        )
-    return ""
