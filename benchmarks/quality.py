@@ -8,9 +8,11 @@
    `calibquant plan --print-convert-to-quant` prints; `calibquant compare --calibration HELD_OUT` measures them all.
 3. The same on one 12.6 M-parameter block, 1024 wide, with correlated inputs and eight loud channels; its files are
    timed.
+   W4A8's and INT8's nearest rounding is comfy-kitchen's own quantizer, bit for bit (tests/test_formats.py).
 4. ComfyUI's own KSampler draws the ten digits from seeds 1000 and up with every file of the demo model; the
    reference is what it draws with the 16-bit model.
 
+Pictures are drawn by the newer of the two ComfyUIs that `bootstrap.py test` knows, which alone reads W4A8.
 Needs ComfyUI, convert_to_quant and scikit-image (`bootstrap.py test` brings them). Files that --out holds already are
 not made again.
 """
@@ -52,6 +54,17 @@ PROMPTS = ROOT / "workflows" / "promptsets" / "digits.safetensors"
 WORKFLOW = ROOT / "workflows" / "api" / "calibrate_with_prompts.json"
 FIRST_SEED, OTHER_SEED = 1000, 1500
 ROWS = 2048
+DEMO_FORMATS = {  # title in the tables -> options of our command
+    "NVFP4": ["--recipe", "nvfp4"],
+    "W4A8": ["--recipe", "w4a8"],
+    "W6A8": ["--recipe", "w6a8"],
+    "MXFP8": ["--recipe", "mxfp8"],
+    "FP8": ["--recipe", "fp8"],
+    "INT8 plain": ["--recipe", "int8", "--rotate", "never"],
+    "INT8 auto": ["--recipe", "int8"],
+}
+BLOCK_FORMATS = {name: DEMO_FORMATS[name] for name in ("NVFP4", "W4A8", "INT8 plain", "INT8 auto")}
+PEERS = ("NVFP4", "MXFP8", "FP8")  # that the peer can write on a CPU: its INT8 needs a GPU's Triton
 WIDE = {"attn.q": (1024, 1024), "attn.k": (1024, 1024), "attn.v": (1024, 1024), "attn.o": (1024, 1024)}
 WIDE |= {"ffn.0": (4096, 1024), "ffn.2": (1024, 4096)}
 MARKS = "<!-- made by benchmarks/quality.py -->", "<!-- end -->"
@@ -99,11 +112,12 @@ def main() -> None:
 def run(out: Path, seeds: int, runs: int) -> tuple[str, str]:
     """Tables of all files, and of those that the README shows."""
     seen, held_out = calibrate_demo(out)
-    demo = quantize_all(MODEL, seen, held_out, out / "demo", ("nvfp4", "mxfp8", "fp8", "int8"), runs=1)
-    demo.append(make("FP8 cast", "ours, nearest", out / "demo" / "cast", ours(MODEL, "fp8-unscaled", "nearest")))
+    demo = quantize_all(MODEL, seen, held_out, out / "demo", DEMO_FORMATS, runs=1)
+    cast = ours(MODEL, ["--recipe", "fp8-unscaled"], "nearest")
+    demo.append(make("FP8 cast", "ours, nearest", out / "demo" / "cast", cast))
     compare(demo[-1], MODEL, held_out)
     wide = quantize_block(out / "wide", WIDE, runs)
-    same = [*ours(MODEL, "nvfp4", "gptq"), "--calibration", str(held_out)]  # the prompts drawn below, other seeds
+    same = [*ours(MODEL, DEMO_FORMATS["NVFP4"], "gptq"), "--calibration", str(held_out)]  # the prompts drawn below, other seeds
     informed = make("NVFP4", "ours, gptq, calibrated on these prompts", out / "demo" / "same", same)
     drawn = [*demo[:3], informed, *demo[3:]]
     floor, change = sample_all(drawn, seen, out, seeds)
@@ -149,7 +163,7 @@ def calibrate_demo(out: Path) -> tuple[Path, Path]:
 
 def quantize_block(out: Path, shapes: dict[str, tuple[int, int]], runs: int) -> list[Made]:
     out.mkdir(exist_ok=True)
-    return quantize_all(*make_block(out, shapes), out, ("nvfp4",), runs)
+    return quantize_all(*make_block(out, shapes), out, BLOCK_FORMATS, runs)
 
 
 def make_block(out: Path, shapes: dict[str, tuple[int, int]]) -> tuple[Path, Path, Path]:
@@ -172,24 +186,27 @@ def make_block(out: Path, shapes: dict[str, tuple[int, int]]) -> tuple[Path, Pat
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def quantize_all(model: Path, seen: Path, held_out: Path, out: Path, formats: tuple[str, ...], runs: int) -> list[Made]:
+def quantize_all(
+    model: Path, seen: Path, held_out: Path, out: Path, formats: dict[str, list[str]], runs: int
+) -> list[Made]:
     """Files of all formats and roundings, ours and the peer's, with their held-out errors."""
     out.mkdir(exist_ok=True)
     made = []
-    for name in formats:
+    for name, options in formats.items():
+        stem = name.lower().replace(" ", "-")
         for rounding in ("nearest", "search", "gptq"):
-            command = [*ours(model, name, rounding), "--calibration", str(seen)]
-            made.append(make(name.upper(), f"ours, {rounding}", out / f"{name}-{rounding}", command, runs))
-        for mode in ("--simple", "learned") if name != "int8" else ():  # its INT8 needs a GPU's Triton
-            command = theirs(model, name, mode, out)
-            made.append(make(name.upper(), f"convert_to_quant {mode}", out / f"{name}-{mode}", command, runs))
+            command = [*ours(model, options, rounding), "--calibration", str(seen)]
+            made.append(make(name, f"ours, {rounding}", out / f"{stem}-{rounding}", command, runs))
+        for mode in ("--simple", "learned") if name in PEERS else ():
+            command = theirs(model, options[1], mode, out)
+            made.append(make(name, f"convert_to_quant {mode}", out / f"{stem}-{mode}", command, runs))
     for one in made:
         compare(one, model, held_out)
     return made
 
 
-def ours(model: Path, recipe: str, rounding: str) -> list[str]:
-    return [sys.executable, "-m", "quant_core.cli", "quantize", str(model), "--recipe", recipe, "--rounding", rounding]
+def ours(model: Path, options: list[str], rounding: str) -> list[str]:
+    return [sys.executable, "-m", "quant_core.cli", "quantize", str(model), *options, "--rounding", rounding]
 
 
 def theirs(model: Path, recipe: str, mode: str, out: Path) -> list[str]:
@@ -256,7 +273,9 @@ def sample(
 ) -> list[np.ndarray]:
     """Latents float32 [seeds, 10, 16, 1, 8, 8] per file, as KSampler returns them."""
     npz = out / "latents.npz"
-    command = [sys.executable, *(program or ["nodes/sample_digits.py"]), "--comfyui", str(require_comfyui())]
+    comfyui = find_newer_comfyui()
+    python = next_python() if comfyui else sys.executable
+    command = [str(python), *(program or ["nodes/sample_digits.py"]), "--comfyui", str(comfyui or require_comfyui())]
     command += ["--out", str(npz), "--seeds", str(seeds), "--first-seed", str(first), *["--native"] * native]
     environment = {**os.environ, "PYTHONPATH": str(SHIMS)}
     done = subprocess.run([*command, *map(str, files)], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -282,16 +301,16 @@ def layer_table(demo: list[Made], wide: list[Made]) -> str:
         "only and as the loader runs them on a GPU that has the format; seconds of the whole command for the block, "
         "min / median / max:",
         "",
-        "| | demo model, 60 layers | as loaded | 1024-wide block, 12.6 M weights | seconds |",
-        "|---|---|---|---|---|",
+        "| | demo model, 60 layers | as loaded | 1024-wide block, 12.6 M weights | as loaded | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for one in demo:
-        base = next(x for x in demo if x.format == one.format.split()[0]).errors[0]
+        base = next(x for x in demo if x.format.split()[0] == one.format.split()[0]).errors[0]
         other = next((x for x in wide if (x.format, x.name) == (one.format, one.name)), None)
         first = f"{one.errors[0]:.2e} ({one.errors[0] / base:.2f})"
-        second, seconds = "", ""
+        second, seconds = " | ", ""
         if other:
-            second = f"{other.errors[0]:.2e} ({other.errors[0] / wide[0].errors[0]:.2f})"
+            second = f"{other.errors[0]:.2e} | {other.errors[1]:.2e}"
             seconds = spread(other.seconds, 1)
         lines.append(f"| {one.format}, {one.name} | {first} | {one.errors[1]:.2e} | {second} | {seconds} |")
     return "\n".join(lines)
@@ -300,7 +319,7 @@ def layer_table(demo: list[Made], wide: list[Made]) -> str:
 def block_table(block: list[Made]) -> str:
     lines = ["| | held-out output error | seconds min / median / max |", "|---|---|---|"]
     for one in block:
-        error = f"{one.errors[0]:.2e} ({one.errors[0] / block[0].errors[0]:.2f})"
+        error = f"{one.errors[0]:.2e} ({one.errors[0] / block[0].errors[0]:.2f}), as loaded {one.errors[1]:.2e}"
         lines.append(f"| {one.format}, {one.name} | {error} | {spread(one.seconds, 1)} |")
     return "\n".join(lines)
 
