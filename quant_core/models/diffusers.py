@@ -102,6 +102,8 @@ def _part(path: Path, stored: Stored, part: Part) -> TensorEntry:
     entry = stored[key]
     if not half:
         return entry
+    if not entry.shape or entry.shape[0] % 2:
+        raise CalibQuantError(f"{path}: tensor {key} of shape {entry.shape} has no two halves: {_REMEDY}")
     rows, nbytes = entry.shape[0] // 2, entry.nbytes // 2
     start = entry.start + (nbytes if half == "[2/2]" else 0)
     return replace(entry, shape=(rows, *entry.shape[1:]), start=start, nbytes=nbytes)
@@ -111,11 +113,9 @@ def _joined(path: Path, name: str, parts: list[TensorEntry]) -> TensorEntry:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+    if not all(part.shape for part in parts) or len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
         names = ", ".join(part.name for part in parts)
-        raise CalibQuantError(
-            f"{path}: ComfyUI joins {names} to {name}, but they differ in dtype or width: use the 16-bit original"
-        )
+        raise CalibQuantError(f"{path}: ComfyUI joins {names} to {name}, but they differ in dtype or width: {_REMEDY}")
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
     return replace(first, name=name, shape=shape, nbytes=sum(part.nbytes for part in parts), parts=tuple(parts))
 
@@ -229,10 +229,8 @@ def _unet(keys: Collection[str]) -> Table:
 
 
 def _count(keys: Collection[str], name: str) -> int:
-    count = 0
-    while any(key.startswith(name.format(count)) for key in keys):
-        count += 1
-    return count
+    """How many there are, of ten that may be: a damaged file must not make a table without end."""
+    return next((i for i in range(10) if not any(key.startswith(name.format(i)) for key in keys)), 10)
 
 
 LAYOUTS = (
@@ -247,10 +245,10 @@ LAYOUTS = (
     Layout("Stable Diffusion 1.x, 2.x and XL", ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"), _unet),
 )
 
-# Keys that no model class of ComfyUI has, unless the key beside them is there too. ComfyUI would rename the first three
-# rows' models (AuraFlow; SD3, PixArt), takes Lumina 2 for OmniGen2, and knows none of the others.
+# Keys that no model class of ComfyUI has, unless the key beside them is there too. ComfyUI renames AuraFlow, SD3 and
+# PixArt, takes Lumina 2 for OmniGen2 and Flux.2 for Flux.1, and knows none of the others.
 _FOREIGN = (
-    (r"(joint|single)_transformer_blocks\.\d+\..+\.(weight|bias)$", ""),  # AuraFlow, Flux.2, HunyuanVideo
+    (r"(joint|single)_transformer_blocks\.\d+\.attn\.to_\w+\.weight$", ""),  # AuraFlow, Flux.2, HunyuanVideo
     (r"pos_embed\.proj\.(weight|bias)$", ""),  # SD3, PixArt, Hunyuan-DiT
     (r"conv_in\.weight$", ""),  # UNets of another make
     (r"time_caption_embed\.", "ref_image_patch_embedder.weight"),  # Lumina 2; with it OmniGen2 and Boogu
