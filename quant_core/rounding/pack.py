@@ -119,11 +119,21 @@ def _tensor_scale(
     return found if cost(found) < cost(own) else own
 
 
-def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
-    """Error feedback over the columns (``gptq.quantize``), with ``inputs`` on ``device``. weight: [out, in]."""
+def by_gptq(
+    weight: torch.Tensor,
+    fmt: Format,
+    device: torch.device,
+    where: str,
+    inputs: gptq.Factor,
+    scale: torch.Tensor | None = None,
+) -> Packed:
+    """Error feedback over the columns (``gptq.quantize``), with ``inputs`` on ``device``. weight: [out, in].
+
+    scale: the per-tensor scale of the tensor that ``weight`` is a part of.
+    """
     flat = weight.to(device, torch.float32)
     amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
-    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax), inputs)
+    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax) if scale is None else scale.to(device), inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
 
