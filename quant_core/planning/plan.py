@@ -106,6 +106,6 @@ def check_input_scale(scale: object, where: str) -> None:
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not number or not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:
         raise CalibQuantError(
-            f"{where}: input_scale {str(scale):.40} is not a number from {LEAST_SCALE:.2g} to {1 / LEAST_SCALE:.2g}: "
+            f"{where}: input_scale {scale!s:.40} is not a number from {LEAST_SCALE:.2g} to {1 / LEAST_SCALE:.2g}: "
             "make the plan again"
         )

@@ -169,7 +169,7 @@ class Rounder:
         chosen, last = best.removesuffix(WITH_BIAS), list(decoded)[-1]
         note = factor.note if isinstance(factor, gptq.Factor) else factor and f"no GPTQ: {factor}"
         if chosen != last:
-            note = f"{last} was no better than {best} on the sampled inputs"
+            note = note if factor and isinstance(factor, str) else f"{last} was no better than {best}"
         elif chosen not in packed and isinstance(factor, gptq.Factor):
             packed[chosen] = by_gptq(task.weight, *how, factor)
         bias = None
