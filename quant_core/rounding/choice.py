@@ -18,7 +18,7 @@ from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, squared_di
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
-JUDGED_OUTPUTS = 1024  # of a layer: so that GPTQ on fewer runs, only to judge it, costs little where layers are large
+JUDGED_OUTPUTS = 256  # of a layer: so that GPTQ on fewer runs, which only judges it, costs little
 FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that share an input
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
@@ -152,29 +152,26 @@ class Rounder:
         packed = {"nearest": nearest(task.weight, *how)}
         if self._rounding != "nearest":
             packed["search"] = searched(task.weight, *how, inputs.stats.input_sqmean)
-        factor = factor_of(inputs, task.bias is not None, True)
-        if isinstance(factor, gptq.Factor) and not inputs.runs:
-            packed["gptq"] = by_gptq(task.weight, *how, factor)
+        whole = factor_of(inputs, task.bias is not None, True)
+        fitted = (
+            factor_of(inputs, task.bias is not None, False) if inputs.runs and not isinstance(whole, str) else whole
+        )
+        if isinstance(fitted, gptq.Factor) and not inputs.runs:
+            packed["gptq"] = by_gptq(task.weight, *how, fitted)
         outputs = _judged_outputs(len(task.weight))
         decoded = {name: task.decode(candidate)[outputs] for name, candidate in packed.items()}
         part = replace(task, weight=task.weight[outputs], bias=None if task.bias is None else task.bias[outputs])
-        if isinstance(factor, gptq.Factor) and inputs.runs:
-            trial = factor_of(inputs, task.bias is not None, False)
-            if isinstance(trial, gptq.Factor):
-                scale = task.fmt.tensor_scale(task.weight.abs().amax().float())
-                decoded["gptq"] = part.decode(by_gptq(part.weight, *how, trial, scale))
-            else:
-                factor = trial
+        if isinstance(fitted, gptq.Factor) and inputs.runs:
+            scale = task.fmt.tensor_scale(task.weight.abs().amax().float())
+            decoded["gptq"] = part.decode(by_gptq(part.weight, *how, fitted, scale))
         errors, best, loader = _judge(part, decoded)
-        chosen, last = best.removesuffix(WITH_BIAS), list(decoded)[-1]
-        note = factor.note if isinstance(factor, gptq.Factor) else factor and f"no GPTQ: {factor}"
-        if chosen != last:
-            note = note if factor and isinstance(factor, str) else f"{last} was no better than {best}"
-        elif chosen not in packed and isinstance(factor, gptq.Factor):
-            packed[chosen] = by_gptq(task.weight, *how, factor)
+        chosen = best.removesuffix(WITH_BIAS)
+        if chosen not in packed and isinstance(whole, gptq.Factor):
+            packed[chosen] = by_gptq(task.weight, *how, whole)
         bias = None
         if task.bias is not None and best != chosen:
             bias = _corrected(task.bias, task.weight, task.decode(packed[chosen]), inputs.stats.input_mean)
+        note = _note(whole if isinstance(fitted, gptq.Factor) else fitted, best, list(decoded)[-1])
         if not len(inputs.rows):  # chosen by the error of the weights
             return Rounded(packed[chosen], best, note)
         return Rounded(packed[chosen], best, note, errors, loader, bias=bias, held_out=inputs.runs)
@@ -248,6 +245,15 @@ class Rounder:
 
 def _nbytes(kept: gptq.Factor | str) -> int:
     return 0 if isinstance(kept, str) else kept.nbytes
+
+
+def _note(factor: gptq.Factor | str, best: str, last: str) -> str:
+    """What the user should know of a choice; last: the most elaborate rounding that was tried."""
+    if factor and isinstance(factor, str):
+        return f"no GPTQ: {factor}"
+    if best.removesuffix(WITH_BIAS) != last:
+        return f"{last} was no better than {best}"
+    return factor.note if isinstance(factor, gptq.Factor) else ""
 
 
 def _judged_outputs(count: int) -> torch.Tensor:
