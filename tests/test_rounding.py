@@ -159,6 +159,42 @@ def test_gptq_says_so_when_the_hessian_is_not_positive_definite(monkeypatch: pyt
     assert gptq.factor(correlated(256, 32, 1)) == "the Hessian of the sampled inputs is not positive definite"
 
 
+def test_gptq_takes_more_damping_when_the_hessian_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = correlated(64, 256, 1)  # rank 64 of 256: only damping makes it positive definite, and float32 loses 1e-8
+    assert gptq.factor(few).note == ""
+    monkeypatch.setattr(gptq, "damping", lambda distinct, width: 1e-8)
+    assert gptq.factor(few).note == "GPTQ took 100 times the damping (1e-06 of the mean diagonal)"
+
+
+@pytest.mark.parametrize("exponent", [-80, 75, 118])  # squares of the weights leave float32 from 2**-70 and 2**64
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_errors_of_tiny_and_huge_weights_are_those_of_float64(name: str, exponent: int) -> None:
+    weight, x = torch.ldexp(weights(64, 64), torch.tensor(exponent)), correlated(256, 64, 1)
+    done = Rounder(CPU, calibrated(weights(64, 64), x), "auto").round("layer", LayerPlan(name, ""), weight, "w")
+    assert done.rounding == "gptq"
+    wanted, difference = weight.double(), FORMATS[name].decode(done.packed.tensors, (64, 64)).double() - weight.double()
+    assert done.packed.error / done.packed.energy == pytest.approx(
+        (difference.square().sum() / wanted.square().sum()).item(), rel=1e-5
+    )
+    inputs = x.bfloat16().double()
+    relative = (inputs @ difference.T).square().sum() / (inputs @ wanted.T).square().sum()
+    assert done.output_errors["gptq"] == pytest.approx(relative.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "auto"])
+def test_weights_too_large_for_any_format_are_refused(rounding: str) -> None:
+    weight = weights(64, 64).index_fill(1, torch.tensor([3]), 3e38)
+    with pytest.raises(CalibQuantError, match=r"layer L: weights up to 3e\+38 are too large"):
+        Rounder(CPU, None, rounding).round("L", LayerPlan("nvfp4", ""), weight, "layer L")
+
+
+@pytest.mark.parametrize("factor", [2.0**100, 2.0**-100])
+def test_the_scale_of_the_inputs_does_not_matter_to_gptq(factor: float) -> None:
+    x = correlated(256, 64, 1)
+    ordinary, scaled = gptq.factor(x), gptq.factor(x * factor)
+    assert torch.equal(ordinary.hessian, scaled.hessian) and torch.equal(ordinary.upper, scaled.upper)
+
+
 def test_layers_that_share_an_input_share_its_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     factor = gptq.factor
@@ -186,11 +222,57 @@ def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
     assert done.loader_error > done.output_errors["gptq"]  # FP4 activations cost something
 
 
+@pytest.mark.parametrize("runs", [1, 2, 6])
+def test_gptq_is_judged_by_runs_that_it_was_not_fitted_to(runs: int) -> None:
+    """Each run sees 8 directions of its own: what GPTQ makes of its own runs says nothing of another."""
+    weight, collector = weights(64, 64), Collector(lambda layer: "", 2048)
+    for seed in range(runs):
+        collector.start_run(f"seed {seed}")
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(64, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+        collector.add("layer", x, x @ weight.T)
+        collector.finish_run()
+    found = collector.result()
+    done = Rounder(CPU, found, "gptq").round("layer", LayerPlan("int8_tensorwise", ""), weight, "w")
+    (held_out, count), rows = found.held_out("layer"), found.rows_of("layer")
+    assert done.held_out == count == min(1, runs - 1)
+    fitted = gptq.factor(rows[~held_out] if count else rows)
+    trial = pack.by_gptq(weight, FORMATS["int8_tensorwise"], CPU, "w", fitted)
+    judged = rows[held_out].float() if count else rows.float()
+    true = output_error("int8_tensorwise", trial, weight, judged)
+    assert done.output_errors["gptq"] == pytest.approx(true, rel=1e-3)
+
+
+def test_a_winner_is_fitted_to_all_runs() -> None:
+    weight, collector = weights(64, 64), Collector(lambda layer: "", 2048)
+    for seed in range(5):
+        collector.start_run(f"seed {seed}")
+        collector.add("layer", correlated(64, 64, seed), torch.zeros(64, 64))
+        collector.finish_run()
+    found, fmt = collector.result(), FORMATS["nvfp4"]
+    done = Rounder(CPU, found, "gptq").round("layer", LayerPlan("nvfp4", ""), weight, "w")
+    whole = pack.by_gptq(weight, fmt, CPU, "w", gptq.factor(found.rows_of("layer")))
+    assert done.rounding == "gptq" and done.held_out == 1
+    assert torch.equal(whole.tensors["weight"], done.packed.tensors["weight"])
+
+
+def test_only_some_outputs_of_a_large_layer_are_judged() -> None:
+    weight, collector = weights(2048, 64), Collector(lambda layer: "", 2048)
+    for seed in range(5):
+        collector.start_run(f"seed {seed}")
+        collector.add("layer", correlated(64, 64, seed), torch.zeros(64, 64))
+        collector.finish_run()
+    found, fmt = collector.result(), FORMATS["nvfp4"]
+    done = Rounder(CPU, found, "gptq").round("layer", LayerPlan("nvfp4", ""), weight, "w")
+    held_out, rows = found.held_out("layer")[0], found.rows_of("layer")
+    every = pack.by_gptq(weight, fmt, CPU, "w", gptq.factor(rows[~held_out]))
+    true = output_error("nvfp4", every, weight, rows[held_out].float())
+    assert done.output_errors["gptq"] == pytest.approx(true, rel=0.05)
+
+
 def test_too_few_rows_fall_back_to_search_with_the_reason() -> None:
     weight, x = weights(64, 64), correlated(300, 64, 1)
-    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round(
-        "layer", LayerPlan("nvfp4", ""), weight, ""
-    )
+    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "")
     assert done.rounding == "search"
     assert "too few" in done.note
 
@@ -200,7 +282,7 @@ def test_without_a_calibration_only_nvfp4_is_searched() -> None:
     rounder = Rounder(CPU, None, "auto")
     assert rounder.round("layer", LayerPlan("nvfp4", ""), weight, "").rounding == "search"
     assert rounder.round("layer", LayerPlan("mxfp8", ""), weight, "").rounding == "nearest"
-    with pytest.raises(CalibQuantError, match="needs --calibration"):
+    with pytest.raises(CalibQuantError, match="rounding gptq needs a calibration"):
         Rounder(CPU, None, "gptq")
 
 
@@ -300,9 +382,7 @@ def test_smoothed_inputs_cost_less_as_the_loader_runs_them(with_bias: bool) -> N
 
 def test_smoothing_needs_inputs() -> None:
     with pytest.raises(CalibQuantError, match="layer L: pre_quant_scale needs a calibration"):
-        Rounder(CPU, None, "auto").round(
-            "L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L"
-        )
+        Rounder(CPU, None, "auto").round("L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -21,6 +21,7 @@ import torch
 from ..formats import Codes, Format
 
 LEAST_DAMPING, DAMPING = 0.01, 0.03  # of the mean diagonal; see damping()
+RETRIES = (1, 10, 100)  # times as much damping, until there is a Cholesky factor
 COLUMNS = 128  # whose updates to the rest are gathered into one matrix product
 ROWS = 4096  # of the weight at once, so that memory is bounded by H and not by the weight
 PASSES = 2  # of refinement: the first takes 12 % off the error, the second 3 %, two more 1 %
@@ -32,12 +33,13 @@ MIN_ROWS = 32  # distinct; with fewer, GPTQ fits those and is worse than nearest
 class Factor:
     """What GPTQ needs of the inputs of a group of layers: the damped H and U, both float32 [in, in].
 
-    order: int64 [in], the columns that rows and columns of H and U stand for.
+    order: int64 [in], the columns that rows and columns of H and U stand for. note: that it took more damping.
     """
 
     hessian: torch.Tensor
     upper: torch.Tensor
     order: torch.Tensor
+    note: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -49,29 +51,43 @@ def damping(distinct: int, width: int) -> float:
     return max(LEAST_DAMPING, DAMPING * math.sqrt(width / distinct))
 
 
-def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str:
+def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MIN_ROWS) -> Factor | str:
     """H and U of input ``rows`` [n, in]; or the reason why there are none.
 
     mean: E[x], float32 [in], for a layer whose bias will take up the mean error: H is then the covariance.
+    least: the distinct rows that it takes.
     """
     distinct = len({row.numpy().tobytes() for row in rows.cpu().view(torch.uint8)})
-    if distinct < MIN_ROWS:
-        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {MIN_ROWS}): calibrate on more"
+    if distinct < least:
+        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {least}): calibrate on more"
     x = rows.float() if mean is None else rows.float() - mean
+    x = x * to_unit(x)  # their squares might overflow; for GPTQ the scale of H does not matter
     order = loud_first(x.square().mean(0))
     x = x[:, order]
     hessian = (x.T @ x) / len(x)
     average = hessian.diagonal().mean()
     if not torch.isfinite(average) or average <= 0:
         return "the sampled inputs are constant or not finite"
-    hessian.diagonal().add_(damping(distinct, x.shape[1]) * average)
-    # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
-    root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    if failed:
+    share, added = damping(distinct, x.shape[1]), 0
+    for times in RETRIES:
+        hessian.diagonal().add_((times - added) * share * average)
+        # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
+        root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        added = times
+        if not failed:
+            break
+    else:
         return "the Hessian of the sampled inputs is not positive definite"
     root = root.flip(0, 1)
     upper = torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True)
-    return Factor(hessian, upper, order)
+    note = f"GPTQ took {added} times the damping ({added * share:.2g} of the mean diagonal)" if added > 1 else ""
+    return Factor(hessian, upper, order, note)
+
+
+def to_unit(x: torch.Tensor) -> float:
+    """The power of two that brings max|x| to between 1/2 and 1, within what float32 holds; 1 for zeros."""
+    peak = float(x.abs().amax()) if x.numel() else 0.0
+    return math.ldexp(1.0, min(-math.frexp(peak)[1], 127)) if math.isfinite(peak) else 1.0
 
 
 def loud_first(energy: torch.Tensor) -> torch.Tensor:

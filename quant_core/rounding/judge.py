@@ -5,19 +5,24 @@ from __future__ import annotations
 import torch
 
 from ..formats import Format
+from .gptq import to_unit
 from .layerplan import LayerPlan
 
 JUDGED_ROWS = 512  # of the sampled inputs on which output errors are measured
 
 
 class Judge:
-    """Output error of a rounded weight on sampled inputs, ||X (W - Q)^T||^2 / ||X W^T||^2."""
+    """Output error of a rounded weight on sampled inputs, ||X (W - Q)^T||^2 / ||X W^T||^2.
+
+    Both are taken in units of powers of two, which the ratio does not see, so that no square leaves float32.
+    """
 
     def __init__(self, weight: torch.Tensor, rows: torch.Tensor, limit: int = JUDGED_ROWS) -> None:
-        self._weight = weight.float().cpu()
         self.rows = rows[:: max(1, len(rows) // limit)][:limit].float()  # from all over: prompts come one after another
         self.measures_outputs = len(rows) > 0
-        self._wanted = self.rows @ self._weight.T if self.measures_outputs else self._weight
+        weight = weight.float().cpu()
+        self._unit, self._rows_unit = to_unit(weight), to_unit(self.rows)
+        self._wanted = self._outputs(self.rows, weight) if self.measures_outputs else weight * self._unit
         self._energy = self._wanted.square().sum().item()
 
     def error(
@@ -27,12 +32,16 @@ class Judge:
 
         Without sampled inputs: the relative error of the weights.
         """
-        got = decoded
         if self.measures_outputs:
-            got = (self.rows if rows is None else rows) @ decoded.T
-            got = got if shift is None else got + shift
+            got = self._outputs(self.rows if rows is None else rows, decoded)
+            got = got if shift is None else got + shift * self._rows_unit * self._unit
+        else:
+            got = decoded * self._unit
         error = (got - self._wanted).square().sum().item()
         return error / self._energy if self._energy else error
+
+    def _outputs(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (rows * self._rows_unit) @ (weight * self._unit).T
 
 
 def as_loaded(fmt: Format, rows: torch.Tensor, entry: LayerPlan) -> torch.Tensor:

@@ -6,6 +6,7 @@ knows what to ask of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from . import gptq, hswq
 CHUNK = 1 << 19
 CANDIDATES = 16  # about as many scales as a search tries
 ROWS = 1024  # rows checked at once when nothing is rounded
+LARGEST = 2.0**120  # of weights: scales round up and GPTQ's feedback adds to them, and float32 ends at 2**128
+SAFE = 1e-20  # a float32 sum of squares above it has lost none that matter to underflow
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,21 @@ def _tensor_scale(
     return found if cost(found) < cost(own) else own
 
 
-def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
-    """Error feedback over the columns (``gptq.quantize``), with ``inputs`` on ``device``. weight: [out, in]."""
+def by_gptq(
+    weight: torch.Tensor,
+    fmt: Format,
+    device: torch.device,
+    where: str,
+    inputs: gptq.Factor,
+    scale: torch.Tensor | None = None,
+) -> Packed:
+    """Error feedback over the columns (``gptq.quantize``), with ``inputs`` on ``device``. weight: [out, in].
+
+    scale: the per-tensor scale of the tensor that ``weight`` is a part of.
+    """
     flat = weight.to(device, torch.float32)
     amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
-    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax), inputs)
+    codes = gptq.quantize(flat, fmt, fmt.tensor_scale(amax) if scale is None else scale.to(device), inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
 
@@ -129,7 +142,7 @@ def _packed(fmt: Format, codes: Codes, error: float, energy: float) -> Packed:
 
 
 def _scan(flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, float]:
-    """max|w| (float32 scalar) and ||w||^2, with the check that every weight is finite."""
+    """max|w| (float32 scalar) and ||w||^2, with the check that every weight is finite and can be rounded."""
     amax, energy = torch.zeros((), device=flat.device), 0.0
     for chunk in flat.split(rows):
         chunk = chunk.float()
@@ -137,6 +150,8 @@ def _scan(flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, floa
         energy += squared_norm(chunk)
     if not torch.isfinite(amax):
         raise CalibQuantError(_damaged(flat, where))
+    if amax > LARGEST:
+        raise CalibQuantError(f"{where}: weights up to {amax:.2g} are too large to be quantized: keep it in bf16")
     return amax, energy
 
 
@@ -178,4 +193,7 @@ def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def squared_norm(x: torch.Tensor) -> float:
     """||x||^2 of a float32 tensor. BLAS: six times faster than a float64 sum, 1e-6 off on a chunk."""
     flat = x.reshape(-1)
-    return torch.dot(flat, flat).item()
+    fast = torch.dot(flat, flat).item()
+    if SAFE < fast < math.inf:
+        return fast
+    return torch.dot(flat.double(), flat.double()).item()  # of zeros, or squares that float32 does not hold
