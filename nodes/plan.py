@@ -112,12 +112,13 @@ class CalibQuantPlan(io.ComfyNode):
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
-            plan, warning = _plan(source, model_name, strategy, probe, seen)
+            plan, warnings = _plan(source, model_name, strategy, probe, seen)
             if strategy["strategy"] == "recipe":
                 plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
-            told = [*source.warnings(), warning, *patches.check_core(plan)]
+            plan = replace(plan, seen=calibration.current) if calibration else plan
+            told = [*source.warnings(), *warnings, *patches.check_core(plan)]
             notes = [f"warning: {note}" for note in told if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
@@ -193,18 +194,18 @@ _HSWQ = {"V2 (scaled)": True, "V1 (plain cast)": False}
 
 def _plan(
     source: Source, model_name: str, strategy: dict[str, Any], linked: Probe | None, seen: Calibration | None
-) -> tuple[Plan, str]:
+) -> tuple[Plan, list[str]]:
     """The plan, and what the user should know of the way it was made."""
     if linked is not None:
         _check_same_file(linked, source)
     if strategy["strategy"] == "hswq":
         if seen is None:
             raise CalibQuantError(f"{source.path}: the hswq strategy needs a calibration: link one")
-        return recipes.hswq(source, seen, strategy["ratio"], _HSWQ[strategy["version"]]), ""
+        return recipes.hswq(source, seen, strategy["ratio"], _HSWQ[strategy["version"]]), []
     if make := _FROM_PROBE.get(strategy["strategy"]):
-        return make(source, linked or probe_file(model_name), strategy), ""
+        return make(source, linked or probe_file(model_name), strategy), []
     recipe = _recipe(strategy)
-    return recipes.make_plan(source, recipe), recipe.warning
+    return recipes.make_plan(source, recipe), [recipe.warning, *recipes.unmatched(source, recipe)]
 
 
 def _smoothed(source: Source, plan: Plan, seen: Calibration | None) -> Plan:

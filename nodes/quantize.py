@@ -66,7 +66,7 @@ class CalibQuantQuantize(io.ComfyNode):
                     "calibration",
                     optional=True,
                     tooltip="From Load Calibration or Calibrate, of the same model: lets GPTQ and the scale search "
-                    "weigh errors by what each layer really sees. Needed for plans by the hswq strategy.",
+                    "weigh errors by what each layer really sees. Not linked: the one that the plan was made with.",
                 ),
             ],
             outputs=[
@@ -97,7 +97,8 @@ class CalibQuantQuantize(io.ComfyNode):
         with Source(folders.model_path(model_name)) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
-            seen = calibration.current() if calibration else None
+            current = calibration.current if calibration else plan.seen
+            seen = current() if current else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
             report = jobs.quantize(

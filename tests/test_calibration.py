@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import calibration
@@ -114,6 +116,55 @@ def test_merging_equals_calibrating_in_one_go() -> None:
         calibration.merge(parts[0], foreign)
 
 
+def test_rows_know_their_run() -> None:
+    def of_run(found: Calibration) -> dict[str, list[int]]:
+        """Run -> rows of each group, by looking for them in what the run saw."""
+        for name, sample in found.rows.items():
+            for row, place in zip(sample.rows, sample.runs, strict=True):
+                seen = [x for layer, x, _ in calls(found.info["runs"][place]) if layer == name]
+                assert any((row == x.bfloat16()).all(-1).any() for x in seen)
+        return {name: np.bincount(sample.runs, minlength=2).tolist() for name, sample in found.rows.items()}
+
+    one, parts = collect(RUNS), [collect([run]) for run in RUNS]
+    assert of_run(one) == of_run(calibration.merge(*parts, 16)) and min(map(min, of_run(one).values())) > 0
+    assert {name: counts[::-1] for name, counts in of_run(one).items()} == of_run(calibration.merge(*parts[::-1], 16))
+    for name in one.rows:
+        held_out, runs = one.held_out(name)
+        assert runs == 1 and 0 < held_out.sum() < len(held_out)
+        assert len(set(one.rows[name].runs[held_out.numpy()])) == 1
+        assert calibration.merge(*parts[::-1], 16).held_out(name)[0].sum() == held_out.sum()  # the same run
+        assert parts[0].held_out(name)[1] == 0
+        assert collect([RUNS[0], RUNS[0]]).held_out(name)[1] == 0  # one run drawn twice tells nothing new
+
+
+def test_a_dropped_run_leaves_rows_but_no_run() -> None:
+    collector = Collector(lambda _: "", rows=4)
+    for name in ("kept", "cancelled"):
+        collector.start_run(name)
+        collector.add("layer", torch.ones(2, 8), torch.ones(2, 8))
+        collector.finish_run() if name == "kept" else collector.drop_run()
+    assert collector.result().rows["layer"].runs.tolist() == [0, 0, calibration.UNKNOWN, calibration.UNKNOWN]
+
+
+def test_a_file_of_version_2_still_loads_and_merges(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    calibration.save(collect(RUNS), path)
+    with safe_open(path, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys() if not k.endswith("row_runs")}
+        info = json.loads(file.metadata()[calibration.METADATA_KEY])
+    old = models.save(
+        tmp_path / "old.safetensors", tensors, {calibration.METADATA_KEY: json.dumps({**info, "format_version": 2})}
+    )
+    read = calibration.load(old)
+    assert all((sample.runs == calibration.UNKNOWN).all() for sample in read.rows.values())
+    assert read.held_out("a.q")[1] == 0
+    merged = calibration.merge(read, collect(["seed 3 elk", "seed 4 cat"]), 64)
+    assert set(merged.rows["a.q"].runs) == {calibration.UNKNOWN, 2, 3} and merged.held_out("a.q")[1] == 1
+    calibration.save(merged, tmp_path / "both.safetensors")
+    again = calibration.load(tmp_path / "both.safetensors")
+    assert np.array_equal(again.rows["a.q"].runs, merged.rows["a.q"].runs) and again.info["format_version"] == 3
+
+
 def test_the_file_holds_everything(tmp_path: Path) -> None:
     found, path = collect(RUNS), tmp_path / "m.calibration.safetensors"
     calibration.save(found, path)
@@ -124,6 +175,7 @@ def test_the_file_holds_everything(tmp_path: Path) -> None:
             assert torch.equal(getattr(read.layers[name], key), getattr(stats, key))
         assert (read.layers[name].output_mean, read.layers[name].count) == (stats.output_mean, stats.count)
         assert torch.equal(read.rows_of(name), found.rows_of(name))
+        assert np.array_equal(read.rows[stats.group].runs, found.rows[stats.group].runs)
     with pytest.raises(CalibQuantError, match="is no calibration of this tool"):
         calibration.load(models.save(tmp_path / "model.safetensors", models.zimage()))
 

@@ -137,6 +137,24 @@ def test_convert_to_quants_words_make_a_plan_and_come_back(
     assert "convert_to_quant -i" in out and "--custom-type mxfp8" in out
 
 
+def test_a_pattern_that_matches_nothing_is_a_warning(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = call(capsys, "plan", file, "--base", "nvfp4", "--exclude-layers", "refinre", "-o", tmp_path / "p.json")
+    assert "warning: the pattern 'refinre' (excluded layer) matches no layer" in err
+
+
+def test_a_calibration_that_the_plan_was_made_with_is_missed(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, calibrated = tmp_path / "p.json", ["--calibration", CALIBRATION]
+    call(capsys, "plan", DEMO, "--recipe", "int8", *calibrated, "-o", plan)
+    _, err = call(capsys, "quantize", DEMO, "--plan", plan, "-o", output)
+    assert "warning: the plan was made with a calibration, and none is given: no GPTQ" in err
+    out, err = call(capsys, "quantize", DEMO, "--recipe", "int8", *calibrated, "-o", output, "--overwrite")
+    assert "warning" not in err and "output error held out (4 of 20 runs), mean of 60 layers" in out
+
+
 def test_a_12_gb_file_is_inspected_from_its_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = models.save_sparse(tmp_path / "z.safetensors", make_keys.load("zimage"))
     seen = json.loads(call(capsys, "inspect", path, "--json")[0])

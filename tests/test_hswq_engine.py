@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 
 import models
@@ -104,10 +107,10 @@ def test_the_plan_keeps_the_layers_of_largest_output_variance(tmp_path: Path) ->
     with Source(path) as source:
         plan = recipes.hswq(source, seen, ratio=0.25)
         free = [n for n, info in source.layers.items() if not info.protected]
-        report = jobs.quantize(source, plan, tmp_path / "q.safetensors", calibration=seen)
+        report = jobs.quantize(source, plan, tmp_path / "q.safetensors", calibration=seen, rounding="auto")
         jobs.verify(source, report)
         with pytest.raises(CalibQuantError, match="needs a calibration"):
-            jobs.quantize(source, plan, tmp_path / "r.safetensors")
+            jobs.quantize(source, plan, tmp_path / "r.safetensors", rounding="auto")
     variance = {n: seen.layers[n.removeprefix(models.PREFIX)].output_variance for n in free}
     kept = {n for n in free if plan.layers[n].format == "bf16"}
     assert kept == set(sorted(free, key=lambda n: -variance[n])[: int(len(free) * 0.25)])
@@ -116,6 +119,32 @@ def test_the_plan_keeps_the_layers_of_largest_output_variance(tmp_path: Path) ->
     assert len(gains) == len(free) - len(kept)
     assert "HSWQ" in report.summary()
     assert not (tmp_path / "r.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("rounding", "used"), [("auto", "hswq"), ("gptq", "gptq"), ("search", "search"), ("nearest", "nearest")]
+)
+def test_the_header_names_the_rounding_that_happened_to_hswqs_layers(tmp_path: Path, rounding: str, used: str) -> None:
+    path = models.save(tmp_path / "m.safetensors", models.zimage())
+    seen = calibrate(path)
+    with Source(path) as source:
+        plan = recipes.hswq(source, seen)
+        report = jobs.quantize(source, plan, tmp_path / "q.safetensors", calibration=seen, rounding=rounding)
+    assert used in {layer.rounding for layer in report.layers}
+    with safe_open(tmp_path / "q.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["calibquant"])["rounding"].split("+")
+    assert {name.strip() for name in said} == {layer.rounding for layer in report.layers if layer.rounding}
+    assert report.bytes_after == plan.size
+
+
+@pytest.mark.parametrize("amax", [math.inf, math.nan])
+def test_a_calibration_that_is_not_finite_is_refused_with_its_layer(tmp_path: Path, amax: float) -> None:
+    path = models.save(tmp_path / "m.safetensors", models.zimage())
+    seen = calibrate(path)
+    layer = "layers.0.feed_forward.w1"
+    seen.layers[layer].input_amax[3] = amax
+    with Source(path) as source, pytest.raises(CalibQuantError, match=f"layer {re.escape(layer)}: the calibration has"):
+        recipes.calibrated(source, recipes.make_plan(source, "fp8"), seen)
 
 
 @pytest.mark.parametrize(("recipe", "limit"), [("fp8", 448.0), ("nvfp4", 2688.0)])

@@ -203,6 +203,39 @@ def test_gptq_makes_the_same_bytes_twice_and_the_planned_size(tmp_path: Path) ->
     assert nearest.stat().st_size == one.stat().st_size
 
 
+def test_a_plan_brings_the_calibration_that_it_was_made_with(tmp_path: Path) -> None:
+    seen = calibration.load(CALIBRATION)
+    with Source(DEMO) as source:
+        plan = replace(recipes.make_plan(source, "int8"), seen=lambda: seen)
+        assert "seen" not in json.loads(plan.to_json())
+        report = jobs.quantize(source, plan, tmp_path / "q.safetensors", rounding="gptq", device="cpu")
+    assert {"gptq+bias"} <= {layer.rounding for layer in report.layers}
+    assert report.runs == 20 and {layer.held_out for layer in report.layers if layer.output_errors} <= {3, 4}
+    assert reference.File(tmp_path / "q.safetensors").metadata["calibquant"].count('"rounding": "gptq') == 1
+
+
+def test_the_summary_says_why_there_was_no_gptq(tmp_path: Path) -> None:
+    seen = replace(calibration.load(CALIBRATION), rows={})
+    with Source(DEMO) as source:
+        plan = recipes.make_plan(source, "int8")
+        report = jobs.quantize(
+            source, plan, tmp_path / "q.safetensors", calibration=seen, rounding="gptq", device="cpu"
+        )
+    assert "60 layers: no GPTQ: no input rows were sampled" in report.summary()
+    assert "output error" not in report.summary()
+
+
+def test_the_summary_says_what_errors_were_measured_on() -> None:
+    layer = LayerReport("l", "nvfp4", 0.1, (4, 4), 8, rounding="gptq", output_errors={"gptq": 0.01}, held_out=2)
+    report = Report("a", "b", "wan", "nvfp4", 10, 5, layers=[layer], runs=12)
+    assert "output error held out (2 of 12 runs), mean of 1 layers" in report.summary()
+    assert "warning" not in report.summary()
+    mixed = replace(report, layers=[layer, replace(layer, held_out=0)], runs=3)
+    assert "held out (2 of 3 runs, 1 layers in-sample)" in mixed.summary()
+    assert "warning: the calibration has few runs (3)" in mixed.summary()
+    assert "in-sample (1 run)" in replace(report, layers=[replace(layer, held_out=0)], runs=1).summary()
+
+
 def test_a_bias_that_is_not_finite_is_named(output: Path, tmp_path: Path) -> None:
     tensors = models.wan()
     key = "blocks.0.ffn.0.bias"

@@ -278,6 +278,23 @@ def test_patterns_decide_as_convert_to_quant(pack: dict[str, Any]) -> None:
     assert formats["blocks.1.ffn.2"] == "nvfp4"
 
 
+def test_a_pattern_that_matches_nothing_is_said_on_the_node(pack: dict[str, Any]) -> None:
+    words = {"base": "nvfp4", "custom_layers": "", "custom_type": "mxfp8", "exclude_layers": "bloks"}
+    node = pack["CalibQuantPlan"].execute(model_name=MODEL, strategy={"strategy": "convert_to_quant", **words})
+    assert "warning: the pattern 'bloks' (excluded layer) matches no layer" in node.ui.as_dict()["text"][0]
+
+
+def test_a_calibration_is_linked_once(pack: dict[str, Any]) -> None:
+    """To the plan; Save Quantized Model takes it from there, GPTQ included."""
+    seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")
+    strategy = {"strategy": "recipe", "recipe": "int8"}
+    linked = SimpleNamespace(current=lambda: seen)
+    (plan,) = execute(pack["CalibQuantPlan"], model_name=MODEL, strategy=strategy, calibration=linked)
+    words = {"model_name": MODEL, "filename_prefix": "test/once", "verify": False, "rounding": "gptq"}
+    _, report = execute(pack["CalibQuantQuantize"], plan=plan, **words)
+    assert {"gptq+bias"} <= {layer.rounding for layer in report.layers} and report.runs == 20
+
+
 # --- through a real server
 
 

@@ -165,6 +165,22 @@ def test_a_plan_never_replaces_a_model(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "scale", ["NaN", "Infinity", "-Infinity", "0", "-1", "1e39", "1e-39", "1" * 400, '"1"', "true"]
+)
+def test_an_input_scale_that_no_loader_can_use_is_refused(scale: str, file: Path) -> None:
+    text = make_plan(file, "fp8").to_json()
+    message = r"layer layers\.0\.attention\.out: input_scale "
+    layer = text.index('"layers.0.attention.out"')
+    damaged = text[:layer] + text[layer:].replace('"input_scale": null', f'"input_scale": {scale}', 1)
+    with pytest.raises(CalibQuantError, match=f"^p.json: {message}"):
+        plan.from_json(damaged, "p.json")
+    made = make_plan(file, "fp8")
+    entry = replace(made.layers["layers.0.attention.out"], input_scale=json.loads(scale))
+    with Source(file) as source, pytest.raises(CalibQuantError, match=message):
+        predicted_size(source, replace(made, layers={**made.layers, "layers.0.attention.out": entry}))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda p: p.update(format_version=2), "plan format version 2 is not 1"),
@@ -314,3 +330,12 @@ def test_words_the_tool_would_not_take_are_refused(words: tuple, message: str) -
 def test_a_pattern_that_is_no_regular_expression_is_refused(file: Path) -> None:
     with pytest.raises(CalibQuantError, match=r"layer pattern '\(' is no regular expression"):
         make_plan(file, recipes.from_convert_to_quant("fp8", "(", "mxfp8"))
+
+
+def test_patterns_that_match_nothing_are_named(file: Path) -> None:
+    with Source(file) as source:
+        words = recipes.from_convert_to_quant("nvfp4", r"atention", "mxfp8", r"\.w1", presets=("zimage",))
+        assert recipes.unmatched(source, words) == [
+            "the pattern 'atention' (custom layer) matches no layer of this model"
+        ]
+        assert not recipes.unmatched(source, recipes.by_recipe_name("nvfp4"))

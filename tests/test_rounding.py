@@ -222,6 +222,54 @@ def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
     assert done.loader_error > done.output_errors["gptq"]  # FP4 activations cost something
 
 
+@pytest.mark.parametrize("runs", [1, 2, 6])
+def test_gptq_is_judged_by_runs_that_it_was_not_fitted_to(runs: int) -> None:
+    """Each run sees 8 directions of its own: what GPTQ makes of its own runs says nothing of another."""
+    weight, collector = weights(64, 64), Collector(lambda layer: "", 2048)
+    for seed in range(runs):
+        collector.start_run(f"seed {seed}")
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(64, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+        collector.add("layer", x, x @ weight.T)
+        collector.finish_run()
+    found = collector.result()
+    done = Rounder(CPU, found, "gptq").round("layer", LayerPlan("int8_tensorwise", ""), weight, "w")
+    (held_out, count), rows = found.held_out("layer"), found.rows_of("layer")
+    assert done.held_out == count == min(1, runs - 1)
+    fitted = gptq.factor(rows[~held_out] if count else rows)
+    trial = pack.by_gptq(weight, FORMATS["int8_tensorwise"], CPU, "w", fitted)
+    judged = rows[held_out].float() if count else rows.float()
+    true = output_error("int8_tensorwise", trial, weight, judged)
+    assert done.output_errors["gptq"] == pytest.approx(true, rel=1e-3)
+
+
+def test_a_winner_is_fitted_to_all_runs() -> None:
+    weight, collector = weights(64, 64), Collector(lambda layer: "", 2048)
+    for seed in range(5):
+        collector.start_run(f"seed {seed}")
+        collector.add("layer", correlated(64, 64, seed), torch.zeros(64, 64))
+        collector.finish_run()
+    found, fmt = collector.result(), FORMATS["nvfp4"]
+    done = Rounder(CPU, found, "gptq").round("layer", LayerPlan("nvfp4", ""), weight, "w")
+    whole = pack.by_gptq(weight, fmt, CPU, "w", gptq.factor(found.rows_of("layer")))
+    assert done.rounding == "gptq" and done.held_out == 1
+    assert torch.equal(whole.tensors["weight"], done.packed.tensors["weight"])
+
+
+def test_only_some_outputs_of_a_large_layer_are_judged() -> None:
+    weight, collector = weights(2048, 64), Collector(lambda layer: "", 2048)
+    for seed in range(5):
+        collector.start_run(f"seed {seed}")
+        collector.add("layer", correlated(64, 64, seed), torch.zeros(64, 64))
+        collector.finish_run()
+    found, fmt = collector.result(), FORMATS["nvfp4"]
+    done = Rounder(CPU, found, "gptq").round("layer", LayerPlan("nvfp4", ""), weight, "w")
+    held_out, rows = found.held_out("layer")[0], found.rows_of("layer")
+    every = pack.by_gptq(weight, fmt, CPU, "w", gptq.factor(rows[~held_out]))
+    true = output_error("nvfp4", every, weight, rows[held_out].float())
+    assert done.output_errors["gptq"] == pytest.approx(true, rel=0.05)
+
+
 def test_too_few_rows_fall_back_to_search_with_the_reason() -> None:
     weight, x = weights(64, 64), correlated(300, 64, 1)
     done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "")
@@ -234,7 +282,7 @@ def test_without_a_calibration_only_nvfp4_is_searched() -> None:
     rounder = Rounder(CPU, None, "auto")
     assert rounder.round("layer", LayerPlan("nvfp4", ""), weight, "").rounding == "search"
     assert rounder.round("layer", LayerPlan("mxfp8", ""), weight, "").rounding == "nearest"
-    with pytest.raises(CalibQuantError, match="needs --calibration"):
+    with pytest.raises(CalibQuantError, match="rounding gptq needs a calibration"):
         Rounder(CPU, None, "gptq")
 
 

@@ -53,8 +53,9 @@ def make_plan(source: Source, args: argparse.Namespace) -> Plan:
     plan = _uncalibrated_plan(source, args, calibration)
     with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
         plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
-    if calibration is not None and not args.no_input_scale:
-        plan = recipes.calibrated(source, plan, calibration)
+    if calibration is not None:
+        plan = plan if args.no_input_scale else recipes.calibrated(source, plan, calibration)
+        plan = replace(plan, seen=lambda: calibration)
     return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
 
 
@@ -111,7 +112,7 @@ def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Ca
         recipe = recipes.from_convert_to_quant(
             args.base, args.custom_layers, args.custom_type, args.exclude_layers, args.preset
         )
-    for note in [*source.warnings(), recipe.warning]:
+    for note in [*source.warnings(), recipe.warning, *recipes.unmatched(source, recipe)]:
         if note:
             print(f"warning: {note}", file=sys.stderr)
     return recipes.make_plan(source, recipe)

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(info, indent=1))
         return
     print(f"{info['file']}: {info['architecture_title']}, {gigabytes(info['bytes'])}, {info['tensors']} tensors")
+    if info["layout"]:
+        print(info["layout"])
     if info["prefix"]:
         print(f"prefix {info['prefix']} ({info['other_tensors']} tensors outside it: kept as they are)")
     print("2-D weights: " + ", ".join(f"{n} {fmt}" for fmt, n in info["formats"].items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 HELP = "write the quantized file"
 ROUNDING_HELP = "auto (default): gptq with a calibration; else searched scales for NVFP4, nearest for the rest"
+
+WITHOUT_CALIBRATION = (
+    "warning: the plan was made with a calibration, and none is given: no GPTQ; give it with --calibration C"
+)
 
 
 def options(c: argparse.ArgumentParser) -> None:
@@ -42,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
     with Source(args.file, args.architecture) as source:
         made = plan.load(args.plan) if args.plan else decision.make_plan(source, args)
         decision.check_core(made)
-        seen = decision.calibration_of(source, args)
+        seen = decision.calibration_of(source, args) if args.plan else None  # else the plan has it
+        if args.rounding == "auto" and made.calibration and seen is None and made.seen is None:
+            print(WITHOUT_CALIBRATION, file=sys.stderr)
         with Bar("quantize") as bar:
             report = jobs.quantize(
                 source,

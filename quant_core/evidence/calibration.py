@@ -4,8 +4,9 @@ One safetensors file holds it. Per layer ``L`` (named without the checkpoint's p
 ``L.input_absmean``, ``L.input_sqmean``, ``L.input_amax`` (float32 [in]), ``L.output_mean``, ``L.output_sqmean``
 (float64 scalars; HSWQ's output variance is sqmean - mean**2), ``L.output_channel_mean``,
 ``L.output_channel_sqmean`` (float32 [out]), ``L.count`` (rows seen) and ``L.calls`` (int64). Layers that see one
-tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]) and ``G.row_keys`` (float64), where G is
-the group's first layer; the header says which layer belongs to which G.
+tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]), ``G.row_keys`` (float64) and ``G.row_runs``
+(int32, the run each row is from, a place in the header's ``runs``), where G is the group's first layer; the header says
+which layer belongs to which G.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -24,9 +26,12 @@ from numpy.typing import NDArray
 from ..errors import CalibQuantError
 from ..files.checkpoint import Checkpoint, TensorSpec, Writer
 
-FORMAT_VERSION = 2  # 1 had no input_mean
+FORMAT_VERSION = 3  # 1 had no input_mean, 2 no row_runs
+READABLE = (2, 3)
 METADATA_KEY = "calibquant_calibration"
 ROWS = 2048  # of input per group
+HELD_OUT = 5  # one run in so many is set aside
+UNKNOWN = -1  # the run of a row that a file of version 2 or an unfinished run left
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Rows:
 
     rows: torch.Tensor  # bfloat16 [n, in]
     keys: NDArray[np.float64]  # [n], in the order of rows
+    runs: NDArray[np.int32]  # [n], places in info["runs"], or UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,22 @@ class Calibration:
     def rows_of(self, layer: str) -> torch.Tensor:
         """Sampled input rows of a layer, bfloat16 [n, in]."""
         return self.rows[self.layers[layer].group].rows
+
+    def held_out(self, group: str) -> tuple[torch.Tensor, int]:
+        """Which rows of a group are set aside for judging, bool [n], and of how many runs they are; none of one run.
+
+        Which runs depends on their names alone, not on the order in which files were merged; equal names are one run.
+        """
+        runs: dict[str, list[int]] = {}
+        for place, name in enumerate(self.info.get("runs", [])):
+            runs.setdefault(name, []).append(place)
+        of = self.rows[group].runs
+        seen = [name for name, places in runs.items() if np.isin(of, places).any()]
+        drawn = sorted(seen, key=lambda name: (zlib.crc32(name.encode()), name))[: max(1, len(seen) // HELD_OUT)]
+        if len(seen) < 2:
+            drawn = []
+        places = [place for name in drawn for place in runs[name]]
+        return torch.from_numpy(np.isin(of, places)), len(drawn)
 
 
 def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
@@ -121,10 +143,15 @@ def _merge_rows(a: Calibration, b: Calibration, name: str, capacity: int) -> Row
     that one's rows, so none of the other's may stay: they would be too many, if their numbers of rows differ.
     """
     samples = [(c.rows[name], c.layers[name].count) for c in (a, b) if name in c.rows]
+    first = len(a.info.get("runs", []))  # b's runs come after a's
+    runs = [
+        np.where(c.rows[name].runs < 0, UNKNOWN, c.rows[name].runs + first * (c is b)) for c in (a, b) if name in c.rows
+    ]
     keys = np.concatenate([sample.keys for sample, _ in samples])
     floor = max((sample.keys.min() for sample, seen in samples if 0 < len(sample.keys) != seen), default=0.0)
     order = np.argsort(-keys, kind="stable")[: min(capacity, int((keys >= floor).sum()))]
-    return Rows(torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)], keys[order])
+    rows = torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)]
+    return Rows(rows, keys[order], np.concatenate(runs)[order].astype(np.int32))
 
 
 def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -137,8 +164,10 @@ def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool
         tensors |= {f"{name}.{key}": torch.tensor(getattr(stats, key), dtype=torch.float64) for key in scalars}
     for name, sample in calibration.rows.items():
         tensors |= {f"{name}.rows": sample.rows, f"{name}.row_keys": torch.from_numpy(sample.keys)}
+        tensors[f"{name}.row_runs"] = torch.from_numpy(sample.runs)
     groups = {name: stats.group for name, stats in calibration.layers.items()}
-    metadata = {METADATA_KEY: json.dumps({**calibration.info, "groups": groups}, ensure_ascii=False)}
+    info = {**calibration.info, "format_version": FORMAT_VERSION, "groups": groups}
+    metadata = {METADATA_KEY: json.dumps(info, ensure_ascii=False)}
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with Writer(path, specs, metadata, overwrite) as writer:
         for name, tensor in tensors.items():
@@ -152,16 +181,28 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             info = json.loads(file.metadata[METADATA_KEY])
             groups = info.pop("groups")
             version = info["format_version"]
-            if version != FORMAT_VERSION:
+            if version not in READABLE:
                 raise CalibQuantError(
                     f"{file.path}: is a calibration of format version {version}, not {FORMAT_VERSION}: calibrate again"
                 )
             layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
+            if not all(isinstance(run, str) for run in info.get("runs", [])):
+                raise TypeError("runs")
             names = {stats.group for stats in layers.values() if f"{stats.group}.rows" in file.entries}
-            rows = {n: Rows(file.read(f"{n}.rows"), file.read(f"{n}.row_keys").numpy()) for n in sorted(names)}
+            rows = {name: _load_rows(file, name, len(info.get("runs", []))) for name in sorted(names)}
         except (KeyError, ValueError, TypeError, AttributeError) as e:
             raise CalibQuantError(f"{file.path}: is no calibration of this tool ({e!r}): calibrate again") from e
     return Calibration(layers, rows, info)
+
+
+def _load_rows(file: Checkpoint, name: str, runs: int) -> Rows:
+    rows, keys = file.read(f"{name}.rows"), file.read(f"{name}.row_keys").numpy()
+    if f"{name}.row_runs" not in file.entries:
+        return Rows(rows, keys, np.full(len(keys), UNKNOWN, np.int32))
+    of = file.read(f"{name}.row_runs").numpy()
+    if of.shape != keys.shape or not ((of >= UNKNOWN) & (of < runs)).all():
+        raise ValueError(f"{name}.row_runs")
+    return Rows(rows, keys, of)
 
 
 def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:

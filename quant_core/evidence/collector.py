@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibQuantError
-from .calibration import FORMAT_VERSION, ROWS, Calibration, LayerStats, Rows
+from .calibration import FORMAT_VERSION, ROWS, UNKNOWN, Calibration, LayerStats, Rows
 
 CACHED = 1 << 16  # elements that a CPU sums at once: they stay in its cache (norms take 3 to 10 times as long there)
 PENDING = 256 << 20  # bytes of sampled rows, of all groups together, that may wait on the device to be moved
@@ -98,7 +98,7 @@ class Collector:
     def result(self, info: Mapping[str, Any] | None = None) -> Calibration:
         """What finished runs gave so far."""
         groups = {name: self._leaders[self._group_of(name) or name] for name in self._total}
-        rows = {name: r.result() for name, r in self._reservoirs.items() if name in self._total}
+        rows = {n: r.result(len(self.info["runs"])) for n, r in self._reservoirs.items() if n in self._total}
         stats = {name: sums.stats(groups[name]) for name, sums in self._total.items()}
         tool = {"format_version": FORMAT_VERSION, "tool": f"ComfyUI-CalibQuant {__version__}"}
         return Calibration(stats, rows, {**tool, **self.info, **(info or {})})
@@ -116,7 +116,8 @@ class Collector:
         if layer not in self._reservoirs:
             self._reservoirs[layer] = _Reservoir(self._capacity, x.shape[1])
         reservoir = self._reservoirs[layer]
-        reservoir.start(self._run, (self._seed, zlib.crc32(layer.encode()), zlib.crc32(self._run.encode())))
+        entropy = (self._seed, zlib.crc32(layer.encode()), zlib.crc32(self._run.encode()))
+        reservoir.start(self._run, len(self.info["runs"]), entropy)
         return reservoir
 
 
@@ -222,14 +223,16 @@ class _Reservoir:
 
     def __init__(self, capacity: int, width: int) -> None:
         self._keys = np.empty(0)
+        self._runs = np.empty(0, np.int32)
         with torch.inference_mode(False):  # else what one inference block makes cannot be filled outside of it
             self._rows = torch.empty((capacity, width), dtype=torch.bfloat16)
         self._pending: list[tuple[NDArray[np.int64], torch.Tensor]] = []
         self._run = ""
 
-    def start(self, run: str, entropy: tuple[int, ...]) -> None:
+    def start(self, run: str, place: int, entropy: tuple[int, ...]) -> None:
+        """place: where the run will be in the list of runs; a dropped run's rows count as those of its successor."""
         if run != self._run:
-            self._run, self._random = run, np.random.default_rng(entropy)
+            self._run, self._place, self._random = run, place, np.random.default_rng(entropy)
 
     def offer(self, x: torch.Tensor) -> int:
         """Take some rows of x, or none; the bytes that now wait on x's device."""
@@ -244,8 +247,10 @@ class _Reservoir:
         if not len(rows):
             return 0
         free = np.concatenate([np.flatnonzero(~kept[:old]), np.arange(old, capacity)])[: len(rows)]
-        self._keys = np.concatenate([self._keys, np.zeros(max(0, free.max() + 1 - old))])
-        self._keys[free] = keys[rows]
+        more = max(0, free.max() + 1 - old)
+        self._keys = np.concatenate([self._keys, np.zeros(more)])
+        self._runs = np.concatenate([self._runs, np.zeros(more, np.int32)])
+        self._keys[free], self._runs[free] = keys[rows], self._place
         taken = x.index_select(0, _index(rows, x.device)).to(torch.bfloat16)
         self._pending.append((free, taken))
         return taken.nbytes
@@ -255,11 +260,13 @@ class _Reservoir:
             self._rows[torch.from_numpy(slots)] = rows.cpu()
         self._pending = []
 
-    def result(self) -> Rows:
+    def result(self, finished: int) -> Rows:
+        """The sample so far; finished: the number of finished runs, of which alone the name is known."""
         self.flush()
         rows = self._rows[: len(self._keys)]
         finite = rows.isfinite().all(1)  # a run that was dropped for its NaN leaves rows behind
-        return Rows(rows[finite], self._keys[finite.numpy()])
+        runs = np.where(self._runs < finished, self._runs, UNKNOWN).astype(np.int32)
+        return Rows(rows[finite], self._keys[finite.numpy()], runs[finite.numpy()])
 
     def nbytes(self) -> int:
         return self._rows.nbytes

@@ -33,7 +33,10 @@ MAX_HEADER = 100_000_000  # bytes; the reference implementation's own limit
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: header dtype name, shape, file, absolute byte range."""
+    """Where one tensor lies: header dtype name, shape, file, absolute byte range.
+
+    A tensor that is not stored as one has ``parts``: its bytes are theirs, one after the other.
+    """
 
     name: str
     dtype: str
@@ -41,6 +44,7 @@ class TensorEntry:
     file: Path
     start: int
     nbytes: int
+    parts: tuple[TensorEntry, ...] = ()
 
 
 class Headers:
@@ -107,6 +111,14 @@ class Headers:
 
     def read_into(self, entry: TensorEntry, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the tensor's bytes from ``offset`` on."""
+        for part in entry.parts or (entry,):
+            if offset < part.nbytes and target:
+                size = min(part.nbytes - offset, len(target))
+                self._read_stored(part, offset, target[:size])
+                target = target[size:]
+            offset = max(0, offset - part.nbytes)
+
+    def _read_stored(self, entry: TensorEntry, offset: int, target: memoryview) -> None:
         key = (threading.get_ident(), entry.file)
         try:
             if key not in self._handles:

@@ -12,6 +12,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.markers import FP8, declared_configs
 from ..formats import FORMATS, SOURCE, Format, stored
 from ..models.architectures import split_prefix
+from ..models.diffusers import present
 from ..models.modelfile import NATIVE
 from ..models.source import apply_scale
 from ..rounding import smoothing
@@ -32,6 +33,7 @@ class QuantizedFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.checkpoint = Checkpoint(path)
+        present(self.checkpoint)  # refuses scales that ComfyUI would lose
         self.prefix = split_prefix(self.checkpoint.entries)
         self.configs = declared_configs(self.checkpoint, self.prefix)
 

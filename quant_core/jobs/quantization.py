@@ -19,7 +19,7 @@ from ..planning.plan import Plan
 from ..planning.targets import core_needed
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
-from ..rounding.choice import Rounder
+from ..rounding.choice import WITH_BIAS, Rounder
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
 
@@ -42,8 +42,9 @@ def quantize(
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
 
-    rounding: nearest, search, gptq, or auto, the best that the inputs allow. calibration: what search and gptq weigh
-    errors by; layers planned for HSWQ need it.
+    rounding: nearest, search, gptq, or auto, the best that the inputs allow; layers planned for HSWQ get its own under
+    auto alone. calibration: what all but nearest weigh errors by; None: the one that the plan was made with, if it is
+    still at hand.
     merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
@@ -52,17 +53,19 @@ def quantize(
     output = Path(output)
     refuse_itself(source.checkpoint, output)
     where, merge = pick_device(device), merge or {}
+    if calibration is None and plan.seen is not None:
+        calibration = plan.seen()
+    rounder = Rounder(where, calibration, rounding, source.prefix)
     specs = output_specs(source, plan)
-    metadata = output_metadata(source, plan, merged=merged, rounding=rounding)
+    metadata = output_metadata(source, plan, merged=merged)
     check_target(output, predicted_size(source, plan), overwrite)
     _check_merge(source, merge)
     hasher = Hasher(source.checkpoint.files)
     try:
         with Writer(output, specs, metadata, overwrite) as writer:
-            layers = _write_tensors(
-                source, plan, writer, Rounder(where, calibration, rounding, source.prefix), merge, progress
-            )
-            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, rounding))
+            layers = _write_tensors(source, plan, writer, rounder, merge, progress)
+            used = {layer.rounding.removesuffix(WITH_BIAS) for layer in layers}
+            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used))
     finally:
         hasher.cancel()
     return Report(
@@ -75,6 +78,7 @@ def quantize(
         time.perf_counter() - started,
         layers,
         core_needed(plan),
+        None if calibration is None else len(set(calibration.info.get("runs", []))),
     )
 
 
@@ -143,6 +147,7 @@ def _write_layer(
         done.output_errors,
         done.loader_error,
         0.0 if done.bias is None or bias is None else (done.bias.float() - bias.float()).norm().item(),
+        done.held_out,
     )
 
 

@@ -15,6 +15,7 @@ from ..errors import CalibQuantError
 from ..files.header import Headers, TensorEntry
 from ..files.markers import FP8, declared_formats
 from .architectures import Architecture, LayerInfo, by_name, detect, split_prefix
+from .diffusers import present
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,6 +46,7 @@ DIALECTS = (
 class ModelFile:
     """A 16/32-bit (or scaled FP8) diffusion model, open for reading.
 
+    Of a file in diffusers layout everything here is named and joined as ComfyUI does it (``diffusers``).
     ``layers`` maps each quantizable layer (a 2-D Linear weight of the diffusion model, named as in the checkpoint
     without ``.weight``) to what the architecture table knows of it. ``prefix`` is what the diffusion model's keys
     begin with in this file; all other keys (CLIP, VAE of an all-in-one checkpoint) are copied untouched.
@@ -57,8 +59,9 @@ class ModelFile:
     def __init__(self, path: str | os.PathLike[str], architecture: str | None = None) -> None:
         self.checkpoint = self.reader(path)
         self.path = self.checkpoint.path
+        _refuse_lora(self.path, self.checkpoint.entries)
+        present(self.checkpoint)
         keys = self.checkpoint.entries
-        _refuse_lora(self.path, keys)
         self.prefix = split_prefix(keys)
         self._refuse_quantized()
         self.dialect = self._dialect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from ..formats import FORMATS, SOURCE
 from ..models.source import Source
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
-from .plan import Plan
+from .plan import Plan, check_input_scale
 from .targets import core_needed
+
+ROUNDINGS = ("nearest", "search", "gptq", "hswq")
 
 
 def encode_config(config: Mapping[str, Any]) -> torch.Tensor:
@@ -64,13 +66,14 @@ def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:
 
 
 def output_metadata(
-    source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "", rounding: str = "nearest"
+    source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "", roundings: Collection[str] = ()
 ) -> dict[str, str]:
     """The source's own metadata plus the two entries of ours.
 
-    ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none. Both hashes and the name of the
-    rounding have one length, so the size is known without them.
+    ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none; ``roundings`` are those that
+    layers really got. Both hashes and the roundings take one length, so the size is known without them.
     """
+    used = "+".join(name for name in ROUNDINGS if name in roundings)
     untouched = {
         layer: config
         for layer, config in header_layers(source.checkpoint).items()
@@ -83,7 +86,7 @@ def output_metadata(
         "source": {"file": source.name, "sha256": sha256},
         "architecture": plan.architecture,
         "recipe": plan.recipe,
-        "rounding": f"{rounding:<7}",
+        "rounding": f"{used:<{len('+'.join(ROUNDINGS))}}",
         "calibration": plan.calibration,
         "needs_comfyui": core_needed(plan),
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
@@ -111,6 +114,7 @@ def check(source: Source, plan: Plan) -> None:
             )
         if entry.format == SOURCE:
             continue
+        check_input_scale(entry.input_scale, f"{source.path}: layer {layer}")
         obstacle = FORMATS[entry.format].obstacle(source.shape(layer))
         if not obstacle and entry.format == "nvfp4" and source.layers[layer].detects_shape:
             obstacle = source.layers[layer].detects_shape

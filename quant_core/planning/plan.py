@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import CalibQuantError
+from ..evidence.calibration import Calibration
 from ..files.text import read_text, write_text
 from ..formats import FORMATS, SOURCE
 from ..rounding.layerplan import LayerPlan
 
 FORMAT_VERSION = 1
 ROUNDINGS = ("", "hswq")
+LEAST_SCALE = 2.0**-126  # of activations: loaders divide by it
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Plan:
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     size: int = 0
     calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
+    seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
 
     def count(self) -> dict[str, int]:
         """Layers per format, in the order of the format table, "bf16" last."""
@@ -41,7 +45,9 @@ class Plan:
         return {name: entry for name, entry in self.layers.items() if entry.format != SOURCE}
 
     def to_json(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        entries = asdict(replace(self, seen=None))
+        del entries["seen"]
+        return json.dumps({"format_version": FORMAT_VERSION, **entries}, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
         write_text(path, self.to_json(), overwrite)
@@ -82,6 +88,7 @@ def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
     if rounding not in ROUNDINGS:
         raise CalibQuantError(f"{origin}: layer {name}: unknown rounding {rounding!r}: use {', '.join(ROUNDINGS)}")
     scale = entry.get("input_scale")
+    check_input_scale(scale, f"{origin}: layer {name}")
     return LayerPlan(
         fmt,
         str(entry.get("reason", "")),
@@ -90,3 +97,15 @@ def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
         rounding,
         bool(entry.get("pre_quant_scale", False)),
     )
+
+
+def check_input_scale(scale: object, where: str) -> None:
+    """CalibQuantError for a scale of activations that is no positive number which float32 holds, with its inverse."""
+    if scale is None:
+        return
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:
+        raise CalibQuantError(
+            f"{where}: input_scale {scale!s:.40} is not a number from {LEAST_SCALE:.2g} to {1 / LEAST_SCALE:.2g}: "
+            "make the plan again"
+        )

@@ -6,6 +6,7 @@ whose shape ComfyUI reads to detect the model, shapes that do not divide) and wr
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
 from . import convert_to_quant, scoring
 from .layout import predicted_size
-from .plan import Plan
+from .plan import LEAST_SCALE, Plan
 from .scoring import ScoreOptions
 
 # What a layer falls back to when its shape does not fit: 8 bit first, 16 bit last.
@@ -155,6 +156,16 @@ def make_plan(source: Source, recipe: Recipe | str) -> Plan:
     return sized(source, Plan(source.architecture.name, recipe.name, source.name, layers))
 
 
+def unmatched(source: Source, recipe: Recipe) -> list[str]:
+    """What to say of the recipe's patterns that match no layer of the source: misspelt, or of another model."""
+    keys = [layer + ".weight" for layer in source.layers]
+    return [
+        f"the pattern {rule.pattern!r} ({rule.reason}) matches no layer of this model"
+        for pattern, rule in _compile(recipe.rules)
+        if not any(map(pattern.search, keys))
+    ]
+
+
 def sized(source: Source, plan: Plan) -> Plan:
     """The plan with the exact size of the file it makes."""
     return replace(plan, size=predicted_size(source, plan))
@@ -218,10 +229,14 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
     for name, entry in plan.layers.items():
         seen = calibration.layers.get(name.removeprefix(source.prefix))
         amax = float(seen.input_amax.max()) if seen else 0.0
+        if not math.isfinite(amax):
+            raise CalibQuantError(
+                f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again"
+            )
         if entry.format in ACTIVATION_MAX and amax > 0:
             note = WEIGHT_ONLY.get(entry.format, "")
             reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
-            scale = HEADROOM * amax / ACTIVATION_MAX[entry.format]
+            scale = max(HEADROOM * amax / ACTIVATION_MAX[entry.format], LEAST_SCALE)
             layers[name] = replace(entry, reason=reason, full_precision=False, input_scale=scale)
     return sized(source, replace(plan, layers=layers, calibration=summary(calibration)))
 

@@ -7,17 +7,21 @@ import os
 from collections import Counter
 from typing import Any
 
+from ..errors import CalibQuantError
 from ..files.header import Headers
 from ..files.markers import FP8, PROVENANCE_KEY, declared_formats
 from ..models.architectures import detect, split_prefix
+from ..models.diffusers import present
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Architecture, layers per format, bytes and provenance of any checkpoint, from headers only.
 
-    (Inline ``comfy_quant`` tensors are read too, a few bytes per layer.)
+    (Inline ``comfy_quant`` tensors are read too, a few bytes per layer.) Layers are those that ComfyUI would see;
+    ``layout`` says from what they were converted, or why they could not be.
     """
     with Headers(path) as file:
+        layout = _layout(file)
         prefix = split_prefix(file.entries)
         model = {k: e for k, e in file.entries.items() if k.startswith(prefix)}
         declared = declared_formats(file, prefix)
@@ -35,6 +39,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             "tensors": len(file.entries),
             "architecture": architecture.name,
             "architecture_title": architecture.title,
+            "layout": layout,
             "prefix": prefix,
             "other_tensors": len(file.entries) - len(model),
             "formats": dict(Counter(layer["format"] for layer in layers.values())),
@@ -42,6 +47,15 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             "layers": layers,
             "provenance": _provenance(file),
         }
+
+
+def _layout(file: Headers) -> str:
+    """Convert ``file`` where that can be; "" for ComfyUI's own layout."""
+    try:
+        title = present(file)
+    except CalibQuantError as refused:
+        return str(refused).removeprefix(f"{file.path}: ")
+    return f"is in diffusers layout ({title}), shown as ComfyUI joins and names its tensors" if title else ""
 
 
 def _bytes_per_dtype(file: Headers) -> dict[str, int]:

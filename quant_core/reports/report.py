@@ -10,6 +10,9 @@ from statistics import fmean
 from ..files.text import gigabytes
 from ..formats import FORMATS, SOURCE, title
 
+FEW_RUNS = 4  # below it, errors on other prompts were 3 to 7 times those on the calibration's own (demo model)
+NOTES = 3  # reasons shown
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -27,6 +30,7 @@ class LayerReport:
     output_errors: dict[str, float] = field(default_factory=dict)  # by ingredient, weights only, on sampled inputs
     loader_error: float | None = None  # of outputs with the inputs quantized as the loader will
     bias_change: float = 0.0  # norm of what was added to the bias
+    held_out: int = 0  # runs, unseen by GPTQ, that output errors were measured on; 0: in-sample
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Report:
     seconds: float = 0.0
     layers: list[LayerReport] = field(default_factory=list)
     needs_comfyui: str = ""  # the first version that reads the file
+    runs: int | None = None  # of the calibration that layers were rounded with
 
     def count(self) -> dict[str, int]:
         counts = Counter(layer.format for layer in self.layers)
@@ -73,7 +78,7 @@ class Report:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
         if self.needs_comfyui:
             lines.append(f"needs ComfyUI {self.needs_comfyui} or newer")
-        return "\n".join([*lines, *self._rounding(), *self._gains()])
+        return "\n".join([*lines, *self._rounding(), *self._compromises(), *self._gains()])
 
     def _rounding(self) -> list[str]:
         """Mean output error by rounding, over the layers that were measured on sampled inputs."""
@@ -84,8 +89,27 @@ class Report:
         loader = [layer.loader_error for layer in measured if layer.loader_error is not None]
         parts += [f"as the loader runs it {fmean(loader):.2e}"] if loader else []
         used = Counter(layer.rounding for layer in measured if layer.rounding)
-        lines = [f"output error on sampled inputs, mean of {len(measured)} layers, weights only: {', '.join(parts)}"]
-        return lines + ([f"rounding: {', '.join(f'{n} {name}' for name, n in used.items())}"] if used else [])
+        lines = [f"output error {self._judged_on(measured)}, mean of {len(measured)} layers, weights only: "]
+        lines[0] += ", ".join(parts)
+        lines += [f"rounding: {', '.join(f'{n} {name}' for name, n in used.items())}"] if used else []
+        if self.runs is not None and self.runs < FEW_RUNS:
+            lines.append(f"warning: the calibration has few runs ({self.runs}): other prompts may lose more than this")
+        return lines
+
+    def _judged_on(self, measured: list[LayerReport]) -> str:
+        """Whether the inputs of the output errors were unseen by the rounding."""
+        if self.runs is None:
+            return "on sampled inputs"
+        seen = [layer for layer in measured if not layer.held_out]
+        if len(seen) == len(measured):
+            return f"in-sample ({self.runs} run{'s' * (self.runs != 1)})"
+        some = f", {len(seen)} layers in-sample" * bool(seen)
+        return f"held out ({max(layer.held_out for layer in measured)} of {self.runs} runs{some})"
+
+    def _compromises(self) -> list[str]:
+        """Why layers did not get the rounding that was asked for, the most frequent reasons first."""
+        notes = Counter(layer.note for layer in self.layers if layer.note)
+        return [f"{n} layer{'s' * (n != 1)}: {note}" for note, n in notes.most_common(NOTES)]
 
     @staticmethod
     def _by_ingredient(measured: list[LayerReport]) -> dict[str, list[float]]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from ..errors import CalibQuantError
+from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration, LayerStats
 from ..formats import FORMATS, FileTensors, Format, turn
 from . import gptq, hswq, smoothing
 from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
-from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, squared_distance, squared_norm
+from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, shared_scale, squared_distance, squared_norm
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
+JUDGED_OUTPUTS = 256  # of a layer: so that GPTQ on fewer runs, which only judges it, costs little
 FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that share an input
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
@@ -31,6 +33,7 @@ class Rounded:
     bias: the corrected bias in its own dtype, None where it stays. extra: further tensors of the layer in the file.
     output_errors: ingredient -> ||X (W - Q)^T - (b' - b)||^2 / ||X W^T||^2 on sampled inputs (weights only).
     loader_error: the same with the inputs quantized as the loader will; gains: hswq.Gains as a dict.
+    held_out: the number of runs, unseen by GPTQ, that these errors were measured on; 0: on what it was fitted to.
     """
 
     packed: Packed
@@ -41,14 +44,33 @@ class Rounded:
     gains: dict[str, float] | None = None
     bias: torch.Tensor | None = None
     extra: FileTensors = field(default_factory=dict)
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What is known of a layer's inputs: sampled rows [n, in] (any float dtype), and the calibration's statistics."""
+    """What is known of a layer's inputs: sampled rows [n, in] (any float dtype), and the calibration's statistics.
+
+    held_out: bool [n], the rows of ``runs`` runs that judge what was fitted to the others; none where there is one run.
+    """
 
     rows: torch.Tensor
     stats: LayerStats
+    held_out: torch.Tensor
+    runs: int
+
+    @property
+    def fitted(self) -> torch.Tensor:
+        return self.rows[~self.held_out] if self.runs else self.rows
+
+    @property
+    def fitted_mean(self) -> torch.Tensor:
+        """E[x] float32 [in], without the runs that judge."""
+        return self.fitted.float().mean(0) if self.runs else self.stats.input_mean
+
+    @property
+    def judged(self) -> torch.Tensor:
+        return self.rows[self.held_out] if self.runs else self.rows
 
     def scaled(self, factor: torch.Tensor) -> _Inputs:
         """The inputs times ``factor`` [in]."""
@@ -58,7 +80,7 @@ class _Inputs:
             input_sqmean=self.stats.input_sqmean * factor.square(),
             input_amax=self.stats.input_amax * factor,
         )
-        return _Inputs(self.rows.float() * factor, stats)
+        return replace(self, rows=self.rows.float() * factor, stats=stats)
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,10 @@ class _Task:
         return self.fmt.decode(packed.tensors, tuple(self.weight.shape))
 
 
+# Inputs, whether they are to be centered, whether the held-out ones count too -> what GPTQ needs, or why there is none
+_FactorOf = Callable[[_Task, bool], gptq.Factor | str]
+
+
 class Rounder:
     """Rounds the layers of one job. ``prefix`` is what layer names have in the file and not in the calibration."""
 
@@ -100,9 +126,9 @@ class Rounder:
         if rounding not in CHOICES:
             raise CalibQuantError(f"unknown rounding {rounding!r}: use one of {', '.join(CHOICES)}")
         if rounding == "gptq" and calibration is None:
-            raise CalibQuantError("--rounding gptq needs --calibration C: use search or nearest without one")
+            raise OptionError("rounding gptq needs a calibration: give one, or use search or nearest")
         self._device, self._calibration, self._rounding, self._prefix = device, calibration, rounding, prefix
-        self._factors: OrderedDict[tuple[str, bool, int], gptq.Factor | str] = OrderedDict()
+        self._factors: OrderedDict[tuple[str, int, bool, bool], gptq.Factor | str] = OrderedDict()
 
     def round(
         self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
@@ -112,8 +138,8 @@ class Rounder:
         bias: float [out] of the layer, which may be corrected when the inputs are known.
         """
         seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
-        task = _Task(entry, weight, where, bias, _Inputs(self._rows(seen.group), seen) if seen else None)
-        if entry.rounding == "hswq":
+        task = _Task(entry, weight, where, bias, self._inputs(seen) if seen else None)
+        if entry.rounding == "hswq" and self._rounding == AUTO:
             return self._hswq(task)
         if entry.pre_quant_scale:
             return self._smoothed(task)
@@ -121,45 +147,45 @@ class Rounder:
             return Rounded(nearest(weight, task.fmt, self._device, where), "nearest")
         if task.inputs is None:
             return self._without_inputs(task)
-        return self._best(task, self._shared_factor(task, bias is not None))
+        return self._best(task, self._shared_factor)
 
     def _without_inputs(self, task: _Task) -> Rounded:
-        note = "" if self._calibration is None else "not in the calibration"
+        note = "" if self._calibration is None or self._rounding == "search" else "no GPTQ: not in the calibration"
         if self._rounding == AUTO and task.fmt.name not in SEARCH_PAYS:
             return Rounded(nearest(task.weight, task.fmt, self._device, task.where), "nearest", note)
         return Rounded(searched(task.weight, task.fmt, self._device, task.where), "search", note)
 
-    def _best(self, task: _Task, factor: gptq.Factor | str) -> Rounded:
+    def _best(self, task: _Task, factor_of: _FactorOf) -> Rounded:
         """Of all ways that were asked for and are possible the one with the least output error, weights only.
 
-        factor: for GPTQ, or why it is not possible ("": not asked for).
+        GPTQ is judged by what it makes of runs that it was not fitted to, if there are several. What goes into the file
+        is then fitted to all of them: 6 % less error on other prompts with 45 runs, 12 % with 20 (demo model, NVFP4).
         """
         assert task.inputs is not None
-        stats, how = task.inputs.stats, (task.fmt, self._device, task.where)
+        inputs, how = task.inputs, (task.fmt, self._device, task.where)
         packed = {"nearest": nearest(task.weight, *how)}
         if self._rounding != "nearest":
             packed["search"] = searched(task.weight, *how, task.importance())
-        if isinstance(factor, gptq.Factor):
-            packed["gptq"] = by_gptq(task.weight, *how, factor)
-        judge = Judge(task.weight, task.inputs.rows)
-        errors: dict[str, float] = {}
-        biases: dict[str, torch.Tensor] = {}
-        for name, candidate in packed.items():
-            decoded = task.decode(candidate)
-            errors[name] = judge.error(decoded)
-            if task.bias is not None and name != "nearest" and judge.measures_outputs:
-                corrected = _corrected(task.bias, task.weight, decoded, stats.input_mean)
-                biases[name + WITH_BIAS] = corrected
-                errors[name + WITH_BIAS] = judge.error(decoded, corrected.float() - task.bias.float())
-        best = min(reversed(errors), key=lambda name: errors[name])  # of equals the more elaborate
-        chosen, last = best.removesuffix(WITH_BIAS), list(packed)[-1]
-        note = factor if isinstance(factor, str) else ""
-        if chosen != last:
-            note = f"{last} was no better than {best} on the sampled inputs"
-        bias = biases.get(best)
-        shift = None if bias is None or task.bias is None else bias.float() - task.bias.float()
-        loader = judge.error(task.decode(packed[chosen]), shift, as_loaded(task.fmt, judge.rows, task.entry))
-        return Rounded(packed[chosen], best, note, errors, loader, bias=bias)
+        whole = factor_of(task, True)
+        fitted = factor_of(task, False) if inputs.runs and not isinstance(whole, str) else whole
+        if isinstance(fitted, gptq.Factor) and not inputs.runs:
+            packed["gptq"] = by_gptq(task.weight, *how, fitted)
+        outputs = _judged_outputs(len(task.weight))
+        decoded = {name: task.decode(candidate)[outputs] for name, candidate in packed.items()}
+        part = replace(task, weight=task.weight[outputs], bias=None if task.bias is None else task.bias[outputs])
+        if isinstance(fitted, gptq.Factor) and inputs.runs:
+            decoded["gptq"] = part.decode(by_gptq(part.weight, *how, fitted, shared_scale(task.weight, task.fmt)))
+        errors, best, loader = _judge(part, decoded)
+        chosen = best.removesuffix(WITH_BIAS)
+        if chosen not in packed and isinstance(whole, gptq.Factor):
+            packed[chosen] = by_gptq(task.weight, *how, whole)
+        bias = None
+        if task.bias is not None and best != chosen:
+            bias = _corrected(task.bias, task.weight, task.decode(packed[chosen]), inputs.stats.input_mean)
+        note = _note(whole if isinstance(fitted, gptq.Factor) else fitted, best, list(decoded)[-1])
+        if not len(inputs.rows):  # chosen by the error of the weights
+            return Rounded(packed[chosen], best, note)
+        return Rounded(packed[chosen], best, note, errors, loader, bias=bias, held_out=inputs.runs)
 
     def _smoothed(self, task: _Task) -> Rounded:
         """With ``pre_quant_scale``, of the alpha whose searched rounding has the least error as the loader runs it."""
@@ -173,12 +199,12 @@ class Rounder:
             scale = smoothing.pre_quant_scale(task.weight, task.inputs.stats.input_absmean, alpha)
             stretched = _stretched(task, scale.float())
             packed = searched(stretched.weight, task.fmt, self._device, task.where, stretched.inputs.stats.input_sqmean)
-            judge = Judge(stretched.weight, stretched.inputs.rows)
+            judge = Judge(stretched.weight, stretched.inputs.fitted)
             fed = as_loaded(task.fmt, judge.rows, stretched.entry)
             tried[alpha] = judge.error(task.decode(packed), rows=fed), scale, stretched
         alpha = min(tried, key=lambda a: tried[a][0])
         _, scale, stretched = tried[alpha]
-        done = self._best(stretched, self._factor(stretched, task.bias is not None))
+        done = self._best(stretched, self._factor)
         weight = task.weight.float()
         error = squared_distance(weight, task.decode(done.packed) * scale.float())  # of W, not of the stretched one
         extra = {smoothing.KEY: scale}
@@ -199,27 +225,33 @@ class Rounder:
         scale = torch.tensor(amax / hswq.TOP if amax else 1.0)
         return Rounded(nearest(task.weight, task.fmt, self._device, task.where, scale), "hswq", gains=gains)
 
-    def _rows(self, group: str) -> torch.Tensor:
-        sample = self._calibration.rows.get(group) if self._calibration else None
-        return torch.empty(0, 0) if sample is None else sample.rows
+    def _inputs(self, seen: LayerStats) -> _Inputs:
+        assert self._calibration is not None
+        if seen.group not in self._calibration.rows:
+            return _Inputs(torch.empty(0, 0), seen, torch.empty(0, dtype=torch.bool), 0)
+        return _Inputs(self._calibration.rows[seen.group].rows, seen, *self._calibration.held_out(seen.group))
 
-    def _factor(self, task: _Task, centered: bool) -> gptq.Factor | str:
-        """What GPTQ needs, or why there is none ("": it was not asked for)."""
+    def _factor(self, task: _Task, everything: bool) -> gptq.Factor | str:
+        """What GPTQ needs, or why there is none ("": it was not asked for). everything: the held-out rows too."""
         assert task.inputs is not None
         inputs, size = task.inputs, task.rotation
         if self._rounding not in (AUTO, "gptq"):
             return ""
         if not len(inputs.rows):
             return "no input rows were sampled"
-        mean = turn(inputs.stats.input_mean.unsqueeze(0), size).squeeze(0).to(self._device) if centered else None
-        return gptq.factor(turn(inputs.rows.to(self._device), size), mean)
+        if everything or not inputs.runs:
+            rows, mean, least = inputs.rows, inputs.stats.input_mean, gptq.MIN_ROWS
+        else:  # the judge will say whether they were too few
+            rows, mean, least = inputs.fitted, inputs.fitted_mean, 1
+        mean = turn(mean.unsqueeze(0), size).squeeze(0).to(self._device)
+        return gptq.factor(turn(rows.to(self._device), size), None if task.bias is None else mean, least)
 
-    def _shared_factor(self, task: _Task, centered: bool) -> gptq.Factor | str:
+    def _shared_factor(self, task: _Task, everything: bool) -> gptq.Factor | str:
         """The same for all layers of a group; the most recent ones are kept, bounded in bytes."""
         assert task.inputs is not None
-        key = task.inputs.stats.group, centered, task.rotation
+        key = task.inputs.stats.group, task.rotation, task.bias is not None, everything
         if key not in self._factors:
-            self._factors[key] = self._factor(task, centered)
+            self._factors[key] = self._factor(task, everything)
             while len(self._factors) > 1 and sum(map(_nbytes, self._factors.values())) > FACTOR_BYTES:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(key)
@@ -228,6 +260,40 @@ class Rounder:
 
 def _nbytes(kept: gptq.Factor | str) -> int:
     return 0 if isinstance(kept, str) else kept.nbytes
+
+
+def _note(factor: gptq.Factor | str, best: str, last: str) -> str:
+    """What the user should know of a choice; last: the most elaborate rounding that was tried."""
+    if factor and isinstance(factor, str):
+        return f"no GPTQ: {factor}"
+    if best.removesuffix(WITH_BIAS) != last:
+        return f"{last} was no better than {best}"
+    return factor.note if isinstance(factor, gptq.Factor) else ""
+
+
+def _judged_outputs(count: int) -> torch.Tensor:
+    """Which outputs of a layer are judged, int64: from all over, because those of q, k and v come one after another."""
+    return torch.linspace(0, count - 1, min(count, JUDGED_OUTPUTS), dtype=torch.float64).long()
+
+
+def _judge(task: _Task, decoded: dict[str, torch.Tensor]) -> tuple[dict[str, float], str, float]:
+    """Output errors of roundings (name -> weight [out, in]) and, where it helps, of each with a corrected bias.
+
+    Then the name of the best, of equals the more elaborate, and its error as the loader runs it.
+    """
+    assert task.inputs is not None
+    judge = Judge(task.weight, task.inputs.judged)
+    errors: dict[str, float] = {}
+    shifts: dict[str, torch.Tensor] = {}
+    for name, weight in decoded.items():
+        errors[name] = judge.error(weight)
+        if task.bias is not None and name != "nearest" and judge.measures_outputs:
+            bias = _corrected(task.bias, task.weight, weight, task.inputs.fitted_mean)
+            shifts[name + WITH_BIAS] = shift = bias.float() - task.bias.float()
+            errors[name + WITH_BIAS] = judge.error(weight, shift)
+    best = min(reversed(errors), key=lambda name: errors[name])
+    fed = as_loaded(task.fmt, judge.rows, task.entry)
+    return errors, best, judge.error(decoded[best.removesuffix(WITH_BIAS)], shifts.get(best), fed)
 
 
 def _corrected(

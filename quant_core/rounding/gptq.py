@@ -51,14 +51,15 @@ def damping(distinct: int, width: int) -> float:
     return max(LEAST_DAMPING, DAMPING * math.sqrt(width / distinct))
 
 
-def factor(rows: torch.Tensor, mean: torch.Tensor | None = None) -> Factor | str:
+def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MIN_ROWS) -> Factor | str:
     """H and U of input ``rows`` [n, in]; or the reason why there are none.
 
     mean: E[x], float32 [in], for a layer whose bias will take up the mean error: H is then the covariance.
+    least: the distinct rows that it takes.
     """
     distinct = len({row.numpy().tobytes() for row in rows.cpu().view(torch.uint8)})
-    if distinct < MIN_ROWS:
-        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {MIN_ROWS}): calibrate on more"
+    if distinct < least:
+        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {least}): calibrate on more"
     x = rows.float() if mean is None else rows.float() - mean
     x = x * to_unit(x)  # their squares might overflow; for GPTQ the scale of H does not matter
     order = loud_first(x.square().mean(0))

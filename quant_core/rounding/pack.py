@@ -52,7 +52,7 @@ def nearest(
     scale: a per-tensor scale (float32 scalar) chosen elsewhere, instead of the format's own rule.
     ``where`` ("FILE: layer L") begins the message of the CalibQuantError raised for a NaN or Inf weight.
     """
-    flat, rows = _own_basis(weight.reshape(weight.shape[0], -1), fmt), _chunk_rows(weight, fmt)
+    flat, rows = own_basis(weight.reshape(weight.shape[0], -1), fmt), _chunk_rows(weight, fmt)
     if device.type != "cpu":
         flat, rows = flat.to(device), flat.shape[0]
     amax, energy = _scan(flat, rows, where)
@@ -70,7 +70,7 @@ def searched(
 
     weight: [out, in]; importance: float32 [in], E[x^2] in the format's own basis, or None for the plain squared error.
     """
-    flat, rows = _own_basis(weight.to(device), fmt), _chunk_rows(weight, fmt)
+    flat, rows = own_basis(weight.to(device), fmt), _chunk_rows(weight, fmt)
     amax, energy = _scan(flat, rows, where)
     per_column = torch.ones(weight.shape[1]) if importance is None else importance
     per_column = per_column.to(device)
@@ -84,7 +84,13 @@ def searched(
     return _packed(fmt, join(parts), error, energy)
 
 
-def _own_basis(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
+def shared_scale(weight: torch.Tensor, fmt: Format) -> torch.Tensor | None:
+    """``Frame.tensor`` of a whole weight [out, in], for those who round a part of it."""
+    flat = own_basis(weight, fmt)
+    return fmt.tensor(flat, flat.abs().amax().float())
+
+
+def own_basis(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
     return turn(weight, fmt.rotation(weight.shape[1]))
 
 
@@ -117,13 +123,22 @@ def _tensor_scale(
     return found if cost(found) < cost(own) else own
 
 
-def by_gptq(weight: torch.Tensor, fmt: Format, device: torch.device, where: str, inputs: gptq.Factor) -> Packed:
-    """Error feedback over the columns (``gptq.quantize``). weight: [out, in]; inputs: of rows in the format's own basis
-    on ``device``.
+def by_gptq(
+    weight: torch.Tensor,
+    fmt: Format,
+    device: torch.device,
+    where: str,
+    inputs: gptq.Factor,
+    tensor: torch.Tensor | None = None,
+) -> Packed:
+    """Error feedback over the columns (``gptq.quantize``). weight: [out, in].
+
+    inputs: of rows in the format's own basis, on ``device``; tensor: ``Frame.tensor`` of the whole that ``weight`` is
+    a part of.
     """
-    flat = _own_basis(weight.to(device, torch.float32), fmt)
+    flat = own_basis(weight.to(device, torch.float32), fmt)
     amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
-    codes = gptq.quantize(flat, fmt, fmt.tensor(flat, amax), inputs)
+    codes = gptq.quantize(flat, fmt, fmt.tensor(flat, amax) if tensor is None else tensor.to(device), inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
 
@@ -169,7 +184,7 @@ def _by_chunks(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, row
 def _by_kernel(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
     flat = flat.float()
     tensors = fmt.kernel(flat, tensor)
-    return tensors, squared_distance(flat, _own_basis(fmt.decode(tensors, tuple(flat.shape)), fmt))
+    return tensors, squared_distance(flat, own_basis(fmt.decode(tensors, tuple(flat.shape)), fmt))
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
