@@ -23,6 +23,7 @@ FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that 
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
 SEARCH_PAYS = ("nvfp4",)
+TRIAL_HANDICAP = 0.5
 WITH_BIAS = "+bias"  # after a rounding's name: the bias takes up the mean error
 
 
@@ -291,7 +292,9 @@ def _judge(task: _Task, decoded: dict[str, torch.Tensor]) -> tuple[dict[str, flo
             bias = _corrected(task.bias, task.weight, weight, task.inputs.fitted_mean)
             shifts[name + WITH_BIAS] = shift = bias.float() - task.bias.float()
             errors[name + WITH_BIAS] = judge.error(weight, shift)
-    best = min(reversed(errors), key=lambda name: errors[name])
+    # A trial is fitted to fewer runs than the file will be, so it must be clearly worse to be turned down.
+    handicap = {name: TRIAL_HANDICAP if task.inputs.runs and name.startswith("gptq") else 1.0 for name in errors}
+    best = min(reversed(errors), key=lambda name: errors[name] * handicap[name])
     fed = as_loaded(task.fmt, judge.rows, task.entry)
     return errors, best, judge.error(decoded[best.removesuffix(WITH_BIAS)], shifts.get(best), fed)
 
