@@ -6,7 +6,6 @@ float32 [seeds, 10, 16, 1, 8, 8], latents as KSampler returns them. Progress goe
 It is a program of its own so that a caller never has ComfyUI inside its own process.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -26,7 +26,6 @@ ROTATED_FORMATS = pytest.mark.parametrize("fmt", [FORMATS[n] for n in reference.
 EVERY_FORMAT = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 CPU = torch.device("cpu")
 EXAMPLES = settings(max_examples=60, deadline=None)
-pytestmark = pytest.mark.core  # comfy-kitchen comes with it
 
 
 # --- random weights
@@ -98,6 +97,7 @@ def eager(fmt: str, weight: torch.Tensor, scale: torch.Tensor | None) -> FileTen
         return {"weight": ck.quantize_per_tensor_fp8(weight, scale)}
 
 
+@pytest.mark.core  # comfy-kitchen comes with it
 @EVERY_FORMAT
 @EXAMPLES
 @given(weight=weights(-20), stretch=st.floats(0.25, 3, width=32))  # MXFP8 below 3e-36: our codes are 0, theirs 448
@@ -131,6 +131,7 @@ def rotated_by_kitchen(fmt: Format, weight: torch.Tensor) -> FileTensors:
     return made if table is None else made | {"weight_codebook": table}
 
 
+@pytest.mark.core
 @ROTATED_FORMATS
 @EXAMPLES
 @given(weight=weights(-1))

@@ -24,7 +24,7 @@ from quant_core.formats import FORMATS
 from quant_core.models.source import Source
 from quant_core.planning import recipes
 
-pytestmark = pytest.mark.usefixtures("comfy")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("comfy")]
 
 DEMO = models.ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
 PROMPTS = models.ROOT / "workflows" / "promptsets" / "digits.safetensors"

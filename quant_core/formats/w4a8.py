@@ -270,7 +270,7 @@ def _code(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _power_of_two(top: torch.Tensor) -> torch.Tensor:
-    """float32: 1, or what huge or tiny weights up to ``top`` are divided by so that no sum overflows and LEAST is small."""
+    """float32: 1, or what to divide huge or tiny weights up to ``top`` by: no sum overflows, and LEAST is small."""
     _, exponent = torch.frexp(top)
     outside = (top > SAFE[1]) | (top < SAFE[0]) & (top > 0)
     return torch.where(outside, torch.ldexp(torch.ones_like(top), exponent.clamp(-100, 126)), 1.0)
