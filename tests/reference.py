@@ -101,6 +101,13 @@ def _levels(data: np.ndarray, tensors: dict[str, torch.Tensor], columns: int) ->
     return np.rint(product).clip(-127, 127).astype(float)  # of the float32 product: the kernel's own arithmetic
 
 
+def fed_int8(x: np.ndarray, size: int) -> np.ndarray:
+    """Inputs as an INT8 kernel with rotated weights sees them: every row on 255 steps of its largest rotated value."""
+    turned = turn(x.astype(float), size)
+    step = np.abs(turned).max(1, keepdims=True) / 127
+    return turn(np.rint(turned / step) * step, size)
+
+
 def relative_error(weight: torch.Tensor, decoded: np.ndarray) -> float:
     """||W - Q||^2 / ||W||^2 in float64."""
     exact = weight.double().numpy()
