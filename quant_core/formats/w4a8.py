@@ -115,7 +115,7 @@ class W4A8:
         fitted = self._fitted(blocks / frame.rows.unsqueeze(-1), frame.tensor).squeeze(-1)
         loudest = _code(blocks.abs().amax(-1) / frame.rows / self._top())
         around = [(loudest + shift).clamp_(0, 126) for shift in SEARCHED]
-        candidates = torch.stack([_code(fitted), *around]).to(torch.uint8)
+        candidates = torch.cat([self._nearby(_code(fitted)), torch.stack(around)]).to(torch.uint8)
         best = base.best_scale(
             blocks, importance, candidates, lambda code: self.grid(code.view(torch.float8_e4m3fn), frame)
         )
@@ -132,6 +132,10 @@ class W4A8:
         """Values of the codes 0 … in ascending order, before a group's scale."""
         assert tensor is not None
         return tensor
+
+    def _nearby(self, code: torch.Tensor) -> torch.Tensor:
+        """The E4M3 codes that the nearest rule chooses from, the fitted one first: [candidates, …]."""
+        return code.unsqueeze(0)
 
     def _near(self, scaled: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
         """The values nearest to weights over their group's scale, not yet INT8 levels."""
@@ -193,8 +197,7 @@ class W6A8(W4A8):
 
     def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
         fitted, frame = self._nearest_scales(weight, tensor)
-        code = fitted.view(torch.uint8).to(torch.int16)
-        near = torch.stack([code, (code - 1).clamp(min=1), (code + 1).clamp(max=126)]).to(torch.uint8)
+        near = self._nearby(fitted.view(torch.uint8).to(torch.int16)).to(torch.uint8)
         blocks, unit = _blocks(weight / frame.rows), Frame(tensor, torch.ones_like(frame.rows))  # errors in levels
         scale = base.best_scale(
             blocks,
@@ -206,6 +209,9 @@ class W6A8(W4A8):
 
     def _levels(self, tensor: torch.Tensor | None) -> torch.Tensor:
         return torch.arange(-self.most, self.most + 1, dtype=torch.float32)
+
+    def _nearby(self, code: torch.Tensor) -> torch.Tensor:
+        return torch.stack([code, (code - 1).clamp(min=1), (code + 1).clamp(max=126)])
 
     def _near(self, scaled: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
         return scaled.round().clamp_(-self.most, self.most)  # of two the even one, as comfy-kitchen
