@@ -39,7 +39,7 @@ COMMANDS = {  # command: (extra to install, arguments of the virtual environment
     "demo": ("metrics", ["-m", "quant_core.cli", "demo"]),
     "test": ("test,metrics", ["-m", "pytest"]),
 }
-ON_A_NEWER_CORE = ["-m", "core"]  # pytest: the tests that another core can change
+ON_A_NEWER_CORE = ["-m", "core and not wide"]  # pytest: the tests that another core can change, but the long ones
 INTERRUPTED, NO_TESTS = 2, 5  # exit codes of pytest
 
 

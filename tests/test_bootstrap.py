@@ -47,7 +47,7 @@ def test_both_runs_count(cores: Path, monkeypatch: pytest.MonkeyPatch, first: in
     assert bootstrap.main(["test", "-q"]) == code
     assert runs[0] == (".venv", cores / "ComfyUI", ["-q"])
     if first != bootstrap.INTERRUPTED:
-        assert runs[1] == (".venv-next", cores / "ComfyUI-next", ["-m", "core", "-q"])
+        assert runs[1] == (".venv-next", cores / "ComfyUI-next", ["-m", "core and not wide", "-q"])
 
 
 def test_one_line_says_that_there_is_no_second_core(

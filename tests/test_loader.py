@@ -387,6 +387,7 @@ def zimage16(zimage: Path) -> torch.Tensor:
         return sample_zimage(importlib.import_module("comfy.sd").load_diffusion_model(str(zimage)))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("recipe", list(ZIMAGE_BOUNDS))
 def test_zimage_width_loads_as_planned_and_samples(
     recipe: str, load: Callable[..., Any], zimage: Path, zimage16: torch.Tensor, tmp_path: Path
