@@ -5,6 +5,8 @@
     python bootstrap.py test [arguments of pytest]
 
 Makes `.venv` beside this file and installs what the command needs, once: a stamp in `.venv` makes later runs quick.
+With a second, newer ComfyUI at hand (COMFYUI_PATH_NEW, or beside the first with "-next" after its name) `test` makes
+`.venv-next` for it and runs there, after all tests with the first, those that a core can change.
 A Linux machine without an NVIDIA GPU gets the CPU build of torch, never the CUDA one. With a ComfyUI present
 (COMFYUI_PATH, the one whose custom_nodes holds this checkout, or ~/comfy/ComfyUI) its requirements come along.
 Plain standard library, the same steps on Linux, macOS and Windows.
@@ -17,13 +19,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from quant_core.locate import ROOT, find_comfyui
+from quant_core.locate import ROOT, find_comfyui, find_newer_comfyui
 
-VENV = ROOT / ".venv"
 SHIMS = ROOT / "tests" / "shims"  # see torch_shims.py there
-NEEDS_SHIMS = VENV / "needs-shims"  # exists where torchvision or torchaudio does not import by itself
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_INDEX = ("--index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1", "--timeout", "30")
 # Peers that the parity tests compare with; their dependencies would replace the CPU build of torch.
@@ -37,6 +38,8 @@ COMMANDS = {  # command: (extra to install, arguments of the virtual environment
     "demo": ("metrics", ["-m", "quant_core.cli", "demo"]),
     "test": ("test,metrics", ["-m", "pytest"]),
 }
+ON_A_NEWER_CORE = ["-m", "core and not wide"]  # pytest: the tests that another core can change, but the long ones
+INTERRUPTED, NO_TESTS = 2, 5  # exit codes of pytest
 
 
 class SetupError(Exception):
@@ -47,8 +50,36 @@ def say(text: str) -> None:
     print(f"bootstrap: {text}", file=sys.stderr, flush=True)
 
 
-def venv_python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, and the ComfyUI whose requirements it holds."""
+
+    folder: Path
+    comfyui: Path | None
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def needs_shims(self) -> Path:
+        """Exists where torchvision or torchaudio does not import by itself."""
+        return self.folder / "needs-shims"
+
+    def runs(self, code: str) -> bool:
+        return subprocess.run([str(self.python), "-c", code], capture_output=True).returncode == 0
+
+    def pip(self, *arguments: str, quiet_failure: bool = False) -> bool:
+        """pip install; with ``quiet_failure`` False instead of a SetupError."""
+        command = [str(self.python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
+        done = subprocess.run(command, capture_output=quiet_failure, stdout=None if quiet_failure else sys.stderr)
+        if done.returncode and not quiet_failure:
+            raise SetupError("pip failed for the reason above; mend that and run the same command again")
+        return done.returncode == 0
+
+    def torch_version(self) -> str:
+        code = "import importlib.metadata as m; print(m.version('torch'))"
+        return subprocess.run([str(self.python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def has_nvidia() -> bool:
@@ -62,49 +93,31 @@ def wants_cpu_torch() -> bool:
     return sys.platform.startswith("linux") and not has_nvidia()
 
 
-def runs(*code: str) -> bool:
-    return subprocess.run([str(venv_python()), "-c", *code], capture_output=True).returncode == 0
-
-
-def pip(*arguments: str, quiet_failure: bool = False) -> bool:
-    """pip install in the virtual environment; with ``quiet_failure`` False instead of a SetupError."""
-    command = [str(venv_python()), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=quiet_failure, stdout=None if quiet_failure else sys.stderr)
-    if done.returncode and not quiet_failure:
-        raise SetupError("pip failed for the reason above; mend that and run the same command again")
-    return done.returncode == 0
-
-
-def make_venv() -> None:
-    if venv_python().exists() and runs("import pip"):
+def make_venv(into: Environment) -> None:
+    if into.python.exists() and into.runs("import pip"):
         return
-    say(f"making {VENV.name} with Python {sys.version.split()[0]}")
-    if subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], stdout=sys.stderr).returncode:
+    say(f"making {into.folder.name} with Python {sys.version.split()[0]}")
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", str(into.folder)], stdout=sys.stderr).returncode:
         raise SetupError("python -m venv failed; on Debian and Ubuntu: apt install python3-venv")
 
 
-def install_torch() -> None:
-    if runs("import torch"):
+def install_torch(into: Environment) -> None:
+    if into.runs("import torch"):
         return
     if not wants_cpu_torch():
         say("installing torch")
-        pip("torch")
+        into.pip("torch")
         return
     say("installing torch (CPU build: no NVIDIA GPU found)")
     # The first finds a wheel in a folder that pip is configured with; where there is none, it fails at once.
-    if not pip(CPU_TORCH, quiet_failure=True):
-        pip("torch", *CPU_INDEX)
+    if not into.pip(CPU_TORCH, quiet_failure=True):
+        into.pip("torch", *CPU_INDEX)
 
 
-def torch_version() -> str:
-    code = "import importlib.metadata as m; print(m.version('torch'))"
-    return subprocess.run([str(venv_python()), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def pin_torch() -> list[str]:
+def pin_torch(into: Environment) -> list[str]:
     """pip arguments that forbid every later install to replace torch."""
-    pins = VENV / "torch-pin.txt"
-    pins.write_text(f"torch=={torch_version()}\n", encoding="utf-8")
+    pins = into.folder / "torch-pin.txt"
+    pins.write_text(f"torch=={into.torch_version()}\n", encoding="utf-8")
     return ["--constraint", str(pins)]
 
 
@@ -121,33 +134,34 @@ def comfyui_requirements(comfyui: Path) -> tuple[list[str], list[str]]:
     return plain, [line for line in named if requirement_name(line) in NO_DEPS]
 
 
-def install_vision(pin: list[str]) -> None:
+def install_vision(into: Environment, pin: list[str]) -> None:
     """torchvision and torchaudio that fit the installed torch."""
     if wants_cpu_torch():
-        if pip(*VISION, *pin, *CPU_INDEX, quiet_failure=True):
+        if into.pip(*VISION, *pin, *CPU_INDEX, quiet_failure=True):
             return
         say("no CPU builds of torchvision and torchaudio within reach: the index's will do, their compiled parts idle")
-    minor = int(torch_version().split(".")[1])
-    if not pip(f"torchvision==0.{minor + 15}.*", "--no-deps", quiet_failure=True):  # torch 2.N goes with 0.(N+15)
-        pip("torchvision", "--no-deps")
-    pip("torchaudio", "--no-deps")
+    minor = int(into.torch_version().split(".")[1])
+    if not into.pip(f"torchvision==0.{minor + 15}.*", "--no-deps", quiet_failure=True):  # torch 2.N: 0.(N+15)
+        into.pip("torchvision", "--no-deps")
+    into.pip("torchaudio", "--no-deps")
 
 
-def install_all(extras: str, comfyui: Path | None) -> None:
-    make_venv()
-    install_torch()
-    pin = pin_torch()
-    plain, without_deps = comfyui_requirements(comfyui) if comfyui else ([], [])
-    say(f"installing calibquant[{extras}]" + (f" and the requirements of ComfyUI at {comfyui}" if comfyui else ""))
-    pip(*pin, "--editable", f"{ROOT}[{extras}]", *plain)
-    if comfyui:
-        install_vision(pin)
-        pip("--no-deps", *without_deps, *NO_DEPS_NEED)
-        NEEDS_SHIMS.unlink(missing_ok=True)
-        if not runs("import torchvision, torchaudio"):
-            NEEDS_SHIMS.touch()
+def install_all(into: Environment, extras: str) -> None:
+    make_venv(into)
+    install_torch(into)
+    pin = pin_torch(into)
+    plain, without_deps = comfyui_requirements(into.comfyui) if into.comfyui else ([], [])
+    of_comfyui = f" and the requirements of ComfyUI at {into.comfyui}" if into.comfyui else ""
+    say(f"installing calibquant[{extras}]{of_comfyui}")
+    into.pip(*pin, "--editable", f"{ROOT}[{extras}]", *plain)
+    if into.comfyui:
+        install_vision(into, pin)
+        into.pip("--no-deps", *without_deps, *NO_DEPS_NEED)
+        into.needs_shims.unlink(missing_ok=True)
+        if not into.runs("import torchvision, torchaudio"):
+            into.needs_shims.touch()
     if "test" in extras.split(","):
-        pip("--no-deps", *PEERS)
+        into.pip("--no-deps", *PEERS)
 
 
 def fingerprint(comfyui: Path | None) -> str:
@@ -157,25 +171,38 @@ def fingerprint(comfyui: Path | None) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def ensure_installed(command: str, comfyui: Path | None) -> None:
+def ensure_installed(into: Environment, command: str) -> None:
     extras, _ = COMMANDS[command]
-    wanted = fingerprint(comfyui)
-    stamps = [VENV / f"bootstrap-{name}.stamp" for name in (command, "test")]  # what `test` installs includes the rest
-    if venv_python().exists() and any(s.is_file() and s.read_text(encoding="utf-8") == wanted for s in stamps):
+    wanted = fingerprint(into.comfyui)
+    # What `test` installs includes the rest.
+    stamps = [into.folder / f"bootstrap-{name}.stamp" for name in (command, "test")]
+    if into.python.exists() and any(s.is_file() and s.read_text(encoding="utf-8") == wanted for s in stamps):
         return
-    install_all(extras, comfyui)
+    install_all(into, extras)
     stamps[0].write_text(wanted, encoding="utf-8")
 
 
-def child_environment(command: str, comfyui: Path | None) -> dict[str, str]:
-    environment = dict(os.environ)
-    if not comfyui:
-        return environment
-    environment["COMFYUI_PATH"] = str(comfyui)
-    # The tests look after this themselves; the demo starts ComfyUI code in processes of its own.
-    if command == "demo" and NEEDS_SHIMS.exists():
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SHIMS), environment.get("PYTHONPATH")]))
-    return environment
+def run(command: str, where: Environment, arguments: list[str]) -> int:
+    """Install what the command needs and run it there; its exit code."""
+    ensure_installed(where, command)
+    variables = dict(os.environ)
+    if where.comfyui:
+        variables["COMFYUI_PATH"] = str(where.comfyui)
+        # The tests look after this themselves; the demo starts ComfyUI code in processes of its own.
+        if command == "demo" and where.needs_shims.exists():
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SHIMS), variables.get("PYTHONPATH")]))
+    cwd = ROOT if command == "test" else None  # the demo's --out is relative to where the user stands
+    return subprocess.run([str(where.python), *COMMANDS[command][1], *arguments], env=variables, cwd=cwd).returncode
+
+
+def run_on_newer_core(arguments: list[str]) -> int:
+    newer = find_newer_comfyui()
+    if newer is None:
+        say("no second, newer ComfyUI found (COMFYUI_PATH_NEW=folder names one): tested with one core")
+        return 0
+    say(f"once more with ComfyUI at {newer}: the tests that a core can change")
+    code = run("test", Environment(ROOT / ".venv-next", newer), [*ON_A_NEWER_CORE, *arguments])
+    return 0 if code == NO_TESTS else code
 
 
 def main(arguments: list[str]) -> int:
@@ -190,10 +217,10 @@ def main(arguments: list[str]) -> int:
         comfyui = find_comfyui()
         if comfyui is None:
             say("no ComfyUI found, so what needs one is left out (COMFYUI_PATH=folder names one)")
-        ensure_installed(command, comfyui)
-        environment = child_environment(command, comfyui)
-        where = ROOT if command == "test" else None  # the demo's --out is relative to where the user stands
-        return subprocess.run([str(venv_python()), *COMMANDS[command][1], *rest], env=environment, cwd=where).returncode
+        code = run(command, Environment(ROOT / ".venv", comfyui), rest)
+        if command == "test" and code != INTERRUPTED:
+            code = run_on_newer_core(rest) or code
+        return code
     except (SetupError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,11 +8,15 @@ It is a program of its own so that a caller never has ComfyUI inside its own pro
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder: its types.py would hide Python's own from everything that is imported below
+
 import argparse
 import importlib
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any

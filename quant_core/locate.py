@@ -13,15 +13,33 @@ def find_comfyui() -> Path | None:
 
     Raises FileNotFoundError when COMFYUI_PATH is set but holds no main.py: a typo must not pass as "no ComfyUI".
     """
-    named = os.environ.get("COMFYUI_PATH")
-    if named:
-        path = Path(named).expanduser().absolute()
-        if not (path / "main.py").is_file():
-            raise FileNotFoundError(f"COMFYUI_PATH={named} holds no main.py: set it to the ComfyUI folder or unset it")
-        return path
+    if named := _named("COMFYUI_PATH"):
+        return named
     candidates = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
     candidates.append(Path.home() / "comfy" / "ComfyUI")
     return next((path for path in candidates if (path / "main.py").is_file()), None)
+
+
+def find_newer_comfyui() -> Path | None:
+    """Folder of a second, newer ComfyUI for the tests: COMFYUI_PATH_NEW, else beside the first with "-next" added.
+
+    Raises FileNotFoundError as find_comfyui() does.
+    """
+    if named := _named("COMFYUI_PATH_NEW"):
+        return named
+    first = find_comfyui()
+    beside = first.with_name(first.name + "-next") if first else None
+    return beside if beside and (beside / "main.py").is_file() else None
+
+
+def _named(variable: str) -> Path | None:
+    named = os.environ.get(variable)
+    if not named:
+        return None
+    path = Path(named).expanduser().absolute()
+    if not (path / "main.py").is_file():
+        raise FileNotFoundError(f"{variable}={named} holds no main.py: set it to the ComfyUI folder or unset it")
+    return path
 
 
 def asset(relative: str) -> Path:

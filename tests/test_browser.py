@@ -24,6 +24,7 @@ def browser_environment() -> dict[str, str]:
     return {**os.environ, "PLAYWRIGHT_DIR": str(playwright), "CHROMIUM": chromium}
 
 
+@pytest.mark.core
 def test_workflow_opens_runs_and_shows_its_result_in_both_renderers(server: Server, tmp_path: Path) -> None:
     environment = browser_environment()
     command = ["node", str(SCRIPTS / "check_workflow.mjs"), server.url, str(tmp_path)]

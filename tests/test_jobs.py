@@ -587,3 +587,63 @@ def test_compare_refuses_another_model(file: Path, output: Path, tmp_path: Path)
 def test_every_format_is_named_in_the_reports() -> None:
     layers = [LayerReport(name, name, 0.1, (1, 1), 1) for name in FORMATS]
     assert list(Report("a", "b", "c", "d", 2, 1, layers=layers).count()) == list(FORMATS)
+
+
+# --- rotated formats of other tools
+
+
+def peers_weight(shape: tuple[int, int], group: int, table: bool) -> dict[str, torch.Tensor]:
+    """Random 4-bit codes with scales, as another tool would have written them."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = shape
+    tensors = {
+        "weight": torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8, generator=generator),
+        "weight_s_rel": torch.rand(rows, columns // group, generator=generator) * 8 + 1,
+        "weight_s_channel": torch.rand(rows, generator=generator) * 1e-3,
+    }
+    levels = torch.randn(16, generator=generator).sort().values * 8
+    return tensors | ({"weight_codebook": levels} if table else {})
+
+
+W4A8 = {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 64}
+INT8 = {"format": "int8_tensorwise"}
+INT8_CODES = torch.randint(-127, 128, (192, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+ROW_SCALES = torch.rand(192, 1, generator=torch.Generator().manual_seed(2)) * 1e-3
+PEERS = {  # tensors, comfy_quant, block that is rotated
+    "float32 group scales": (peers_weight((192, 256), 16, True), W4A8, 64),
+    "no table": (peers_weight((192, 256), 16, False), W4A8, 64),
+    "groups of 64": (peers_weight((192, 256), 64, True), W4A8 | {"group_size": 64}, 64),
+    "nested": (
+        peers_weight((192, 256), 64, True),
+        {"format": "asym_w4a8_int8", "params": {"group_size": 64, "convrot_groupsize": 16}},
+        16,
+    ),
+    "default block": (peers_weight((192, 256), 16, True), {"format": "asym_w4a8_int8"}, 256),
+    "int8 of one scale": ({"weight": INT8_CODES, "weight_scale": torch.tensor(1e-3)}, INT8, 0),
+    "int8 of one scale in a vector": ({"weight": INT8_CODES, "weight_scale": torch.tensor([1e-3])}, INT8, 0),
+    "int8, default block": ({"weight": INT8_CODES, "weight_scale": ROW_SCALES}, INT8 | {"convrot": True}, 256),
+    "int8, nested": (
+        {"weight": INT8_CODES, "weight_scale": ROW_SCALES},
+        INT8 | {"params": {"convrot": True, "convrot_groupsize": 16}},
+        16,
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", PEERS)
+def test_rotated_files_of_other_tools_are_compared(variant: str, tmp_path: Path, output: Path) -> None:
+    tensors, config, size = PEERS[variant]
+    weights, layer = models.zimage(dim=256, ffn=256), "layers.0.feed_forward.w2"
+    shape = (192, 256)
+    weights[f"{layer}.weight"] = weights[f"{layer}.weight"][:192].clone()
+    models.save(tmp_path / "m.safetensors", weights)
+    made = {name: t for name, t in weights.items() if name != f"{layer}.weight"}
+    made |= {f"{layer}.{name}": t for name, t in tensors.items()}
+    models.save(output, made | {f"{layer}.comfy_quant": models.config_tensor(config)})
+    with Source(tmp_path / "m.safetensors") as source:
+        report = jobs.compare(source, output)
+    found = next(entry for entry in report.layers if entry.name == layer)
+    fmt = "asym_w4a8_int8" if "weight_s_rel" in tensors else "int8_convrot" if size else "int8_tensorwise"
+    assert found.format == fmt
+    decoded = reference.decode(fmt, tensors, shape, size)
+    assert found.error == pytest.approx(reference.relative_error(weights[f"{layer}.weight"], decoded), rel=1e-4)

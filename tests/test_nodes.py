@@ -32,6 +32,7 @@ DEMO = models.ROOT / "workflows" / "models" / MODEL
 NODE_IDS = ["CalibQuantPlan", "CalibQuantQuantize", "CalibQuantLoadPromptSet"]
 WORKFLOW = "quantize_demo_model"
 Graph = dict[str, Any]
+pytestmark = pytest.mark.core
 
 
 # --- in this process

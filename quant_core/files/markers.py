@@ -31,11 +31,11 @@ def declared_configs(file: Headers, prefix: str = "") -> dict[str, dict[str, Any
     configs: dict[str, Any] = {}
     for layer, config in header_layers(file).items():
         if layer.startswith(prefix) or layer + ".weight" not in file.entries:
-            configs[layer if layer + ".weight" in file.entries else prefix + layer] = config
+            configs[layer if layer + ".weight" in file.entries else prefix + layer] = _flat(config)
     for key in file.entries:
         if key.endswith(".comfy_quant") and key.startswith(prefix):
             layer = key.removesuffix(".comfy_quant")
-            inline = read_config(file, layer)
+            inline = _flat(read_config(file, layer))
             header = configs.get(layer, inline)
             if _acted_on(file.path, layer, header) != _acted_on(file.path, layer, inline):
                 raise CalibQuantError(
@@ -63,6 +63,12 @@ def read_config(file: Headers, layer: str) -> Any:
         return json.loads(file.read_bytes(layer + ".comfy_quant"))
     except ValueError as e:
         raise CalibQuantError(f"{file.path}: layer {layer} has a damaged comfy_quant tensor ({e})") from e
+
+
+def _flat(config: Any) -> Any:
+    """Some tools put all but the format into an object ``params``; the loader takes either, the outer one first."""
+    inner = config.get("params") if isinstance(config, dict) else None
+    return {**inner, **config} if isinstance(inner, dict) else config
 
 
 def _acted_on(path: Path, layer: str, config: Any) -> dict[str, Any]:

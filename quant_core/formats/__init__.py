@@ -32,14 +32,12 @@ def stored(config: Mapping[str, Any], bits: float = 8.0) -> Format | None:
 
     bits: stored per weight, which tells 4- from 6-bit codes.
     """
-    params = config.get("params")
-    known = {**(params if isinstance(params, dict) else {}), **config}
-    size = known.get("convrot_groupsize", 256)
-    if known["format"] == int8.FORMAT.name and known.get("convrot"):
+    size = config.get("convrot_groupsize", 256)
+    if config["format"] == int8.FORMAT.name and config.get("convrot"):
         return int8.ConvRot(size)
-    if known["format"] == w4a8.FORMAT.name:
+    if config["format"] == w4a8.FORMAT.name:
         return w4a8.W6A8(size) if bits == 6 else w4a8.W4A8(size)
-    return FORMATS.get(known["format"])
+    return FORMATS.get(config["format"])
 
 
 def title(name: str) -> str:

@@ -71,7 +71,7 @@ class W4A8:
         step = max(1, DECIDED // weight.shape[1])
         if len(weight) > step:
             weight = weight[torch.linspace(0, len(weight) - 1, step, device=weight.device).long()]
-        blocks = _blocks(weight.float())
+        blocks = _blocks(weight.float() / _power_of_two(amax))
         return table(blocks / blocks.abs().amax(-1, keepdim=True).clamp(min=LEAST))
 
     def frame(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Frame:
@@ -79,18 +79,18 @@ class W4A8:
 
     def _nearest_scales(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> tuple[torch.Tensor, Frame]:
         """Group scales, float8_e4m3fn [R, C / 16], and row scales by the nearest rule."""
-        levels, safe = self._levels(tensor), _power_of_two(weight)
+        safe = _power_of_two(weight.abs().amax(1, keepdim=True))
         blocks = _blocks(weight / safe)
-        scale = self._fitted(blocks, levels)
-        top = (levels[_index(blocks / scale, levels)] * scale).abs().amax((1, 2))
+        scale = self._fitted(blocks, tensor)
+        top = (self._near(blocks / scale, tensor) * scale).abs().amax((1, 2))
         rows = (top / INT8_MAX).clamp(min=LEAST).unsqueeze(1)
-        return (scale.squeeze(-1) / rows).to(torch.float8_e4m3fn), Frame(tensor, rows * safe)
+        return (scale.squeeze(-1) / rows).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn), Frame(tensor, rows * safe)
 
-    def _fitted(self, blocks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    def _fitted(self, blocks: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
         """Float group scales [R, blocks, 1]: from the largest weight, then by least squares."""
         scale = (blocks.abs().amax(-1, keepdim=True) / self._top()).clamp(min=LEAST)
         for _ in range(REFITS):
-            near = levels[_index(blocks / scale, levels)]
+            near = self._near(blocks / scale, tensor)
             scale = (
                 (blocks * near).sum(-1, keepdim=True) / (near * near).sum(-1, keepdim=True).clamp(min=LEAST)
             ).clamp(min=LEAST)
@@ -112,10 +112,10 @@ class W4A8:
 
     def choose(self, blocks: torch.Tensor, frame: Frame, importance: torch.Tensor) -> torch.Tensor:
         assert frame.rows is not None
-        fitted = self._fitted(blocks / frame.rows.unsqueeze(-1), self._levels(frame.tensor)).squeeze(-1)
+        fitted = self._fitted(blocks / frame.rows.unsqueeze(-1), frame.tensor).squeeze(-1)
         loudest = _code(blocks.abs().amax(-1) / frame.rows / self._top())
         around = [(loudest + shift).clamp_(0, 126) for shift in SEARCHED]
-        candidates = torch.stack([_code(fitted), *around]).to(torch.uint8)
+        candidates = torch.cat([self._nearby(_code(fitted)), torch.stack(around)]).to(torch.uint8)
         best = base.best_scale(
             blocks, importance, candidates, lambda code: self.grid(code.view(torch.float8_e4m3fn), frame)
         )
@@ -132,6 +132,15 @@ class W4A8:
         """Values of the codes 0 … in ascending order, before a group's scale."""
         assert tensor is not None
         return tensor
+
+    def _nearby(self, code: torch.Tensor) -> torch.Tensor:
+        """The E4M3 codes that the nearest rule chooses from, the fitted one first: [candidates, …]."""
+        return code.unsqueeze(0)
+
+    def _near(self, scaled: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
+        """The values nearest to weights over their group's scale, not yet INT8 levels."""
+        levels = self._levels(tensor)
+        return levels[_index(scaled, levels)]
 
     def _top(self) -> float:
         """What the group scale is multiplied by in the largest weight, about."""
@@ -188,16 +197,24 @@ class W6A8(W4A8):
 
     def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
         fitted, frame = self._nearest_scales(weight, tensor)
-        code = fitted.view(torch.uint8).to(torch.int16)
-        near = torch.stack([code, (code - 1).clamp(min=1), (code + 1).clamp(max=126)]).to(torch.uint8)
-        blocks = _blocks(weight)
+        near = self._nearby(fitted.view(torch.uint8).to(torch.int16)).to(torch.uint8)
+        blocks, unit = _blocks(weight / frame.rows), Frame(tensor, torch.ones_like(frame.rows))  # errors in levels
         scale = base.best_scale(
-            blocks, torch.ones(blocks.shape[1:]), near, lambda c: self.grid(c.view(torch.float8_e4m3fn), frame)
+            blocks,
+            torch.ones(blocks.shape[1:], device=weight.device),
+            near,
+            lambda c: self.grid(c.view(torch.float8_e4m3fn), unit),
         ).view(torch.float8_e4m3fn)
         return Codes(self.codes(weight, scale, frame), scale, frame)
 
     def _levels(self, tensor: torch.Tensor | None) -> torch.Tensor:
         return torch.arange(-self.most, self.most + 1, dtype=torch.float32)
+
+    def _nearby(self, code: torch.Tensor) -> torch.Tensor:
+        return torch.stack([code, (code - 1).clamp(min=1), (code + 1).clamp(max=126)])
+
+    def _near(self, scaled: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
+        return scaled.round().clamp_(-self.most, self.most)  # of two the even one, as comfy-kitchen
 
     def _top(self) -> float:
         return float(self.most)
@@ -258,9 +275,8 @@ def _code(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
 
 
-def _power_of_two(weight: torch.Tensor) -> torch.Tensor:
-    """float32 [R, 1]: 1, or what brings a row of huge or tiny weights to where no sum overflows and LEAST is small."""
-    top = weight.abs().amax(1, keepdim=True)
+def _power_of_two(top: torch.Tensor) -> torch.Tensor:
+    """float32: 1, or what to divide huge or tiny weights up to ``top`` by: no sum overflows, and LEAST is small."""
     _, exponent = torch.frexp(top)
     outside = (top > SAFE[1]) | (top < SAFE[0]) & (top > 0)
     return torch.where(outside, torch.ldexp(torch.ones_like(top), exponent.clamp(-100, 126)), 1.0)

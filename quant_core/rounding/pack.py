@@ -55,7 +55,7 @@ def nearest(
     flat, rows = own_basis(weight.reshape(weight.shape[0], -1), fmt), _chunk_rows(weight, fmt)
     if device.type != "cpu":
         flat, rows = flat.to(device), flat.shape[0]
-    amax, energy = _scan(flat, rows, where)
+    amax, energy = _scan(weight, flat, rows, where)
     scale = fmt.tensor(flat, amax) if scale is None else scale.to(flat.device)
     tensors, error = (_by_chunks if device.type == "cpu" else _by_kernel)(flat, fmt, scale, rows)
     if weight.dim() != 2:  # Conv weights are rounded as matrices and stored in their own shape
@@ -71,7 +71,7 @@ def searched(
     weight: [out, in]; importance: float32 [in], E[x^2] in the format's own basis, or None for the plain squared error.
     """
     flat, rows = own_basis(weight.to(device), fmt), _chunk_rows(weight, fmt)
-    amax, energy = _scan(flat, rows, where)
+    amax, energy = _scan(weight, flat, rows, where)
     per_column = torch.ones(weight.shape[1]) if importance is None else importance
     per_column = per_column.to(device)
     tensor = _tensor_scale(flat, fmt, amax, per_column, rows)
@@ -137,7 +137,7 @@ def by_gptq(
     a part of.
     """
     flat = own_basis(weight.to(device, torch.float32), fmt)
-    amax, energy = _scan(flat, CHUNK // flat.shape[1] + 1, where)
+    amax, energy = _scan(weight, flat, CHUNK // flat.shape[1] + 1, where)
     codes = gptq.quantize(flat, fmt, fmt.tensor(flat, amax) if tensor is None else tensor.to(device), inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
@@ -146,17 +146,21 @@ def _packed(fmt: Format, codes: Codes, error: float, energy: float) -> Packed:
     return Packed({name: tensor.cpu() for name, tensor in fmt.pack(codes).items()}, error, energy)
 
 
-def _scan(flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, float]:
-    """max|w| (float32 scalar) and ||w||^2, with the check that every weight is finite and can be rounded."""
+def _scan(weight: torch.Tensor, flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, float]:
+    """max|w| (float32 scalar) and ||w||^2 of ``flat``, with the check that every weight is finite and can be rounded.
+
+    ``flat`` is ``weight`` in a format's own basis, where one bad value has spoiled a whole block.
+    """
     amax, energy = torch.zeros((), device=flat.device), 0.0
     for chunk in flat.split(rows):
         chunk = chunk.float()
         amax = torch.maximum(amax, chunk.abs().amax())  # NaN wins in both
         energy += squared_norm(chunk)
-    if not torch.isfinite(amax):
-        raise CalibQuantError(_damaged(flat, where))
-    if amax > LARGEST:
-        raise CalibQuantError(f"{where}: weights up to {amax:.2g} are too large to be quantized: keep it in bf16")
+    if not amax <= LARGEST:
+        refuse_damaged(weight, where)
+        raise CalibQuantError(
+            f"{where}: weights up to {weight.float().abs().amax():.2g} are too large to be quantized: keep it in bf16"
+        )
     return amax, energy
 
 
