@@ -55,14 +55,14 @@ def layers_of(shapes: Shapes) -> dict[str, LayerInfo]:
     return detect(shapes, shapes).describe_file(names, shapes)
 
 
-def quantized(shapes: Shapes, fmt: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+def quantized(shapes: Shapes, infos: dict[str, LayerInfo], fmt: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The tensors of the file in which everything that may be ``fmt`` is, and the names of those layers.
 
     ``explicit``: the layers that stay by default count too, because a rule of the user may name them.
     """
     layout = FORMATS[fmt].layout
     tensors, layers = meta(shapes), []
-    for name, info in layers_of(shapes).items():
+    for name, info in infos.items():
         entry = legal(LayerPlan(fmt, ""), info, shapes[name + ".weight"], explicit=True)
         if entry.format != fmt:
             continue
@@ -111,8 +111,9 @@ def test_only_what_the_loader_runs_as_a_linear_can_be_quantized(model: Built) ->
 @every_case
 def test_quantizing_changes_nothing_that_comfyui_detects_and_loses_no_scale(model: Built) -> None:
     before = detected(meta(model.file_shapes), model.case)
+    infos = layers_of(model.file_shapes)
     for fmt in FORMATS:
-        tensors, layers = quantized(model.file_shapes, fmt)
+        tensors, layers = quantized(model.file_shapes, infos, fmt)
         assert layers, fmt
         assert detected(dict(tensors), model.case) == before, fmt
         loaded = model.config.process_unet_state_dict(dict(tensors))

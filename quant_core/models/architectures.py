@@ -5,7 +5,8 @@ in the source dtype by default, and from which layers' shapes ComfyUI detects th
 ``LayerInfo`` from its name and the row alone.  Adding a family is adding a row.
 
 Sources: ComfyUI 0.29 ``comfy/model_detection.py`` (detection keys, shapes read) and its model classes (blocks, shared
-inputs); ``tests/test_architectures.py`` checks the rows against both.  Patterns see names without prefix and ".weight".
+inputs, what is no Linear); ``tests/test_architectures.py`` checks the rows against both, ``tests/test_comfy_classes.py``
+every class.  Patterns see names without prefix and ".weight".
 """
 
 from __future__ import annotations
