@@ -5,7 +5,7 @@ in the source dtype by default, and from which layers' shapes ComfyUI detects th
 ``LayerInfo`` from its name and the row alone.  Adding a family is adding a row.
 
 Sources: ComfyUI 0.29 ``comfy/model_detection.py`` (detection keys, shapes read) and its model classes (blocks, shared
-inputs, what is no Linear); ``tests/test_architectures.py`` checks the rows against both, ``tests/test_comfy_classes.py``
+inputs, what is no Linear).  ``tests/test_architectures.py`` checks the rows, ``tests/test_comfy_classes.py`` checks
 every class.  Patterns see names without prefix and ".weight".
 """
 
