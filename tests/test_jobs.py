@@ -539,6 +539,18 @@ def test_convert_makes_convolutions_16_bit(tmp_path: Path, output: Path) -> None
         assert name.removesuffix(".weight") + ".scale" not in found
 
 
+def test_convert_makes_what_is_no_linear_16_bit(tmp_path: Path, output: Path) -> None:
+    experts = {f"layers.1.moe.{n}.weight": torch.full((32, 32), 0.5).half() for n in ("gate", "experts.0.w1")}
+    model = models.hswq(models.zimage() | experts)
+    done = jobs.convert(models.save(tmp_path / "m.safetensors", model.tensors), output)
+    assert done == {"layers": len(model.real) - 1, "convolutions": 1}
+    found = reference.File(output)
+    assert found.tensors["layers.1.moe.experts.0.w1.weight"].dtype == torch.float8_e4m3fn
+    assert "layers.1.moe.gate" not in found.configs()
+    assert torch.all(found.tensors["layers.1.moe.gate.weight"] == model.real["layers.1.moe.gate.weight"])
+    assert found.tensors["layers.1.moe.gate.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

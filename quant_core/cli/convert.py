@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> None:
     with Bar("convert") as bar:
         done = jobs.convert(args.file, args.output, args.overwrite, progress=bar)
     print(
-        f"{args.output}: {done['layers']} layers in the native dialect, {done['convolutions']} Conv weights in 16 bit"
+        f"{args.output}: {done['layers']} layers in the native dialect, {done['convolutions']} other weights in 16 bit"
     )

@@ -28,8 +28,9 @@ def convert(
 ) -> dict[str, int]:
     """HSWQ V2 (``.scale``) or legacy ``scaled_fp8`` -> ComfyUI's native dialect; codes are kept bit for bit.
 
-    Conv weights, which have no scale in the native dialect, become the model's 16-bit dtype. Returns how many
-    layers and Conv weights were converted. Raises CalibQuantError when there is nothing to convert.
+    Conv weights, and whatever else is no Linear, have no scale in the native dialect and become the model's 16-bit
+    dtype. Returns how many layers and how many of those were converted. Raises CalibQuantError when there is nothing
+    to convert.
     """
     output = Path(output)
     with Source(path) as source:
@@ -37,7 +38,8 @@ def convert(
         if source.dialect is None or source.dialect is NATIVE:
             what = "is in the native dialect already" if source.dialect else "has no FP8 weights with a scale"
             raise CalibQuantError(f"{source.path}: {what}: nothing to convert")
-        layers = {name: _native_tensors(source, name) for name in source.layers if source.scale_key(name)}
+        scaled = [name for name, info in source.layers.items() if source.scale_key(name) and not info.not_linear]
+        layers = {name: _native_tensors(source, name) for name in scaled}
         specs = _converted_specs(source, layers)
         configs = {name: json.loads(bytes(t["comfy_quant"].tolist())) for name, t in layers.items()}
         kept = {k: v for k, v in source.checkpoint.metadata.items() if k != METADATA_KEY}

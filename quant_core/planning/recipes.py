@@ -278,9 +278,9 @@ def by_recipe_name(name: str) -> Recipe:
 def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bool = False) -> LayerPlan:
     """The wish, or the nearest thing that the loader takes, with the reason.
 
-    Protected layers stay in the source dtype unless a rule names them (``explicit``).
+    Protected layers stay in the source dtype unless a rule names them (``explicit``); what is no Linear always does.
     """
-    if info.protected and not explicit:
+    if info.not_linear or (info.protected and not explicit):
         return LayerPlan(SOURCE, info.protected)
     fmt, reason = wish.format, wish.reason
     while fmt != SOURCE:
