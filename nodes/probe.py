@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import probe
 from ..quant_core.evidence.probe import LayerProbe, Probe
 from ..quant_core.files.text import gigabytes
 from ..quant_core.formats import title
 from ..quant_core.models import architectures
+from ..quant_core.models.modelfile import ModelFile
 from ..quant_core.planning import scoring
 from ..quant_core.planning.scoring import Scored, ScoreOptions
 from .comfyui import feedback, folders
@@ -64,9 +67,11 @@ class CalibQuantProbe(io.ComfyNode):
         return folders.fingerprint(model_name)
 
     @classmethod
-    def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any]) -> io.NodeOutput:
+    @feedback.in_node_words()
+    def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any] | None = None) -> io.NodeOutput:
+        with ModelFile(folders.model_path(model_name)) as model:  # before the reading: a slip is told at once
+            options = _options(model.architecture.name, thresholds, compat)
         probed = probe_file(model_name)
-        options = _options(probed, thresholds)
         scored = scoring.decide(probed, options, compat=compat)
         text = summary(probed, scored, options, compat)
         return io.NodeOutput(probed, ui={"text": [text], "calibquant_probe": [document(probed, scored)]})
@@ -118,9 +123,19 @@ def probe_file(model_name: str) -> Probe:
     return _latest[key]
 
 
-def _options(probed: Probe, thresholds: dict[str, Any]) -> ScoreOptions:
-    own = {name: value for name, value in thresholds.items() if name != "thresholds"}
-    return replace(scoring.defaults(probed.architecture), **own)
+def _options(architecture: str, thresholds: dict[str, Any] | None, compat: bool) -> ScoreOptions:
+    own = chosen("thresholds", thresholds, (FAMILY, CUSTOM))
+    del own["thresholds"]
+    options = replace(scoring.defaults(architecture), **own)
+    scoring.check(architecture, options, compat)
+    return options
+
+
+def chosen(name: str, value: dict[str, Any] | None, options: Iterable[str]) -> dict[str, Any]:
+    """A DynamicCombo's value. ComfyUI checks none that comes over its API; it leaves out one that it does not know."""
+    if not value or value.get(name) not in options:
+        raise CalibQuantError(f"{name} is none of {', '.join(options)}: choose one")
+    return dict(value)
 
 
 def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) -> str:
@@ -133,7 +148,7 @@ def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) 
         f"by score ({options.fp8_percentile:g}/{options.keep_percentile:g}"
         f"{', as quant_probe' if compat else ''}): {counts}, "
         f"about {gigabytes(scoring.estimated_bytes(probed, scored))}",
-        f"largest NVFP4 error: {worst.name} {worst.errors['nvfp4'][0]:.2e}",
+        f"largest NVFP4 error of these {len(scored.decisions)}: {worst.name} {worst.errors['nvfp4'][0]:.2e}",
     ]
     if probed.architecture in scoring.DEFAULTS and not compat:
         other = scoring.differences(scored, scoring.decide(probed, options, compat=True))

@@ -350,7 +350,7 @@ def test_missing_plan_is_refused(server: Server) -> None:
 def failing_graphs() -> Iterator[tuple[str, Graph, str]]:
     prompt = {"class_type": "CalibQuantLoadPromptSet", "inputs": {"prompt_set": "digits.safetensors", "index": 10}}
     show = {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}
-    yield "index", {"1": prompt, "2": show}, r"digits\.safetensors: has 10 prompts: index 10 must be below that"
+    yield "index", {"1": prompt, "2": show}, r"the file has 10 prompts: index 10 must be below that \(digits\.safetensors\)"
     graph = quantize_graph()
     words = {"base": "nvfp4", "custom_layers": "(", "custom_type": "mxfp8", "exclude_layers": ""}
     graph["1"]["inputs"] |= {"strategy": "convert_to_quant", **{f"strategy.{k}": v for k, v in words.items()}}

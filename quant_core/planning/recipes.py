@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import CalibQuantError, OptionError
+from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..evidence.probe import Probe
 from ..formats import FORMATS, SOURCE, title
@@ -147,6 +147,12 @@ def make_plan(source: Source, recipe: Recipe | str) -> Plan:
     return sized(source, Plan(source.architecture.name, recipe.name, source.name, layers))
 
 
+def idle_rules(source: Source, recipe: Recipe) -> list[str]:
+    """Patterns that find no layer of the source: a slip of the pen, most likely."""
+    keys = [f"{layer}.weight" for layer in source.layers]
+    return [rule.pattern for pattern, rule in _compile(recipe.rules) if not any(map(pattern.search, keys))]
+
+
 def sized(source: Source, plan: Plan) -> Plan:
     """The plan with the exact size of the file it makes."""
     return replace(plan, size=predicted_size(source, plan))
@@ -178,8 +184,7 @@ def hswq(source: Source, calibration: Calibration, ratio: float = 0.25, scaled: 
 
     scaled: V2, with a searched scale in the native dialect; else V1, a plain cast (Linear layers only).
     """
-    if not 0 <= ratio <= 1:
-        raise OptionError(f"--keep-ratio {ratio:g}: must lie between 0 and 1")
+    scoring.check_ratio(ratio)
     candidates = {n: i for n, i in source.layers.items() if not i.protected}
     stats = {n: calibration.layers.get(n.removeprefix(source.prefix)) for n in candidates}
     missing = [n for n, seen in stats.items() if seen is None]
@@ -244,7 +249,7 @@ def check_calibration(source: Source, calibration: Calibration) -> None:
     if fingerprint not in (None, source.checkpoint.fingerprint()):
         raise CalibQuantError(
             f"{source.path}: the calibration was made with another file ({calibration.info.get('source_file')}): "
-            "calibrate this model, or insist with --force-calibration"
+            "calibrate this model"
         )
 
 
@@ -303,7 +308,7 @@ def from_convert_to_quant(
     Layers that stock ComfyUI could not load in the wanted format still fall back (:func:`legal`).
     """
     if bool(custom_layers) != bool(custom_type):
-        raise CalibQuantError("--custom-layers and --custom-type belong together: give both or none")
+        raise CalibQuantError("custom layers and a custom type belong together: give both or none")
     rules = []
     if custom_layers and custom_type:
         rules.append(Rule(custom_layers, _ctq_format(custom_type), "custom layer"))
