@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import probe
-from ..quant_core.evidence.probe import LayerProbe, Probe
+from ..quant_core.evidence.measure import NOISE
+from ..quant_core.evidence.probe import SAMPLE, LayerProbe, Probe
 from ..quant_core.files.text import gigabytes
 from ..quant_core.formats import title
 from ..quant_core.models import architectures
@@ -159,7 +160,7 @@ def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) 
 def document(probed: Probe, scored: Scored) -> dict[str, Any]:
     """What js/heatmap.js draws: ``layers`` are rows of ``fields``, numbers of 4 digits (Wan 14B: 400 layers, 90 kB).
 
-    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``. ``correlations``: statistic -> Spearman
+    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``; ``noise``: their relative standard error. ``correlations``: statistic -> Spearman
     correlation with the nearest error, in the order of ``formats``; None where one does not vary. ``types``: the rows
     of the map, main blocks first.
     """
@@ -171,6 +172,7 @@ def document(probed: Probe, scored: Scored) -> dict[str, Any]:
         "sample": probed.sample,
         "formats": formats,
         "titles": [title(fmt) for fmt in formats],
+        "noise": [NOISE[fmt] * (SAMPLE / probed.sample) ** 0.5 for fmt in formats],
         "correlations": {name: [row[fmt] for fmt in formats] for name, row in probe.correlations(probed).items()},
         "types": _types(probed),
         "fields": FIELDS,
