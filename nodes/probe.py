@@ -160,7 +160,8 @@ def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) 
 def document(probed: Probe, scored: Scored) -> dict[str, Any]:
     """What js/heatmap.js draws: ``layers`` are rows of ``fields``, numbers of 4 digits (Wan 14B: 400 layers, 90 kB).
 
-    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``; ``noise``: their relative standard error. ``correlations``: statistic -> Spearman
+    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``. ``noise``: their relative standard error,
+    in the order of ``formats``. ``correlations``: statistic -> Spearman
     correlation with the nearest error, in the order of ``formats``; None where one does not vary. ``types``: the rows
     of the map, main blocks first.
     """
