@@ -348,10 +348,6 @@ class Heatmap {
     this.sorting = null;
     this.element.addEventListener("pointermove", (event) => this.hover(event));
     this.element.addEventListener("pointerleave", () => tooltip.hide());
-    // The canvas would zoom by a wheel that is turned over a list to be scrolled. With a key held it still does.
-    this.element.addEventListener("wheel", (event) => {
-      if (!event.ctrlKey && !event.metaKey && scrolls(event, this.element)) event.stopPropagation();
-    });
     // A press in here is meant for the list and the table, not for dragging the node.
     this.element.addEventListener("pointerdown", (event) => event.button === 0 && event.stopPropagation());
   }
@@ -390,6 +386,15 @@ class Heatmap {
   height() {
     return 2 * MARGIN + 16 + Math.max(60, this.content.offsetHeight); // 16: the paddings of the box
   }
+}
+
+/**
+ * Vue nodes hand the wheel to the canvas, which zooms, before anything inside a node hears of it. Over what can be
+ * scrolled it scrolls, as on the canvas renderer; with a key held it still zooms.
+ */
+function keepWheel(event) {
+  const element = event.target.closest?.(".calibquant-heatmap");
+  if (element && !event.ctrlKey && !event.metaKey && scrolls(event, element)) event.stopPropagation();
 }
 
 /** Whether something between the pointer and the element can be scrolled in the direction of the wheel. */
@@ -453,6 +458,9 @@ onWords((node, { output }, isNew) => {
 
 app.registerExtension({
   name: "CalibQuant.Heatmap",
+  setup() {
+    window.addEventListener("wheel", keepWheel, { capture: true, passive: true });
+  },
   nodeCreated(node) {
     if (node?.comfyClass !== NODE) return;
     const onRemoved = node.onRemoved;
