@@ -90,7 +90,7 @@ def node_words(message: str) -> str:
     if file:
         subject = "the file " if _SAYS_OF_THE_FILE.match(problem) else ""
         problem = f"{subject}{problem} ({Path(file).name})"
-    return re.sub(r"--([a-z][a-z-]*)", lambda option: option[1].replace("-", "_"), problem)
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), problem)
 
 
 def _split(message: str) -> tuple[str, str]:

@@ -105,8 +105,9 @@ RECIPES: dict[str, Recipe] = {
             "Plain FP8 cast that any FP8 loader reads, Conv weights included",
             "float8_e4m3fn_unscaled",
             convolutions=True,
-            warning="a plain cast costs 1.6x (sigma .02) to 18x (sigma .005) the error of FP8 with a scale: "
-            "prefer --recipe fp8 wherever ComfyUI loads the file",
+            warning="a plain cast is too coarse for small weights: to nearest it costs 1.6x (sigma .02) to 18x (sigma "
+            ".005) the error of FP8 with a scale, with GPTQ 1x (sigma .045) to 24x (sigma .005): prefer recipe fp8 "
+            "wherever ComfyUI loads the file",
         ),
         # facts/seeds.md E: the two published Z-Image Turbo recipes. In the first the 8-bit list has priority.
         Recipe(

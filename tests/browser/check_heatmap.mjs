@@ -1,14 +1,14 @@
 // Runs Probe Model Weights on a model and checks its heatmap and table as a user sees them, in both renderers.
 //
-//     node tests/browser/check_heatmap.mjs URL MODEL [FOLDER_FOR_SCREENSHOTS]
+//     node tests/browser/check_heatmap.mjs URL MODEL EVEN [FOLDER_FOR_SCREENSHOTS]
 //
-// MODEL must have some 30 blocks, so that its map can be wider than a node. Prints one line per check; the exit status is
+// MODEL must have some 30 blocks, so that its map can be wider than a node; all layers of EVEN are alike. Prints one line per check; the exit status is
 // 1 if any failed. Environment: see page.mjs.
 import { join } from "node:path";
 import { MODEL as SMALL, checks, closeDialog, fit, openPage, queueAndWait } from "./page.mjs";
 
-const [url, model, shots] = process.argv.slice(2);
-if (!model) throw new Error("usage: check_heatmap.mjs URL MODEL [FOLDER_FOR_SCREENSHOTS]");
+const [url, model, even, shots] = process.argv.slice(2);
+if (!even) throw new Error("usage: check_heatmap.mjs URL MODEL EVEN [FOLDER_FOR_SCREENSHOTS]");
 
 const check = (...told) => checks.check(...told);
 
@@ -142,8 +142,14 @@ async function checkWidening(name, page) {
   await choose(SMALL);
   await queueAndWait(page, url);
   const small = await width();
+  await choose(even);
+  await queueAndWait(page, url);
+  const [note, colours] = await page.evaluate(() => [document.querySelector(".cq-note").textContent,
+    new Set([...document.querySelectorAll(".cq-layer:not(.cq-kept)")].map((e) => e.style.background)).size]);
+  check(`${name}: differences within the sample's noise are one colour and called flat`, note.includes("flat") && colours === 1, [note, colours]);
   await choose(model);
   await queueAndWait(page, url);
+  check(`${name}: and no others`, !(await page.locator(".cq-note").textContent()).includes("flat"));
   check(`${name}: a second model with more blocks widens the node`, (await width()) > small, [small, await width()]);
 }
 
