@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.files.checkpoint import Checkpoint, TensorSpec, Writer
-from .comfyui import feedback, folders
+from .comfyui import feedback, folders, written
 from .types import CATEGORY, ConditioningSetType
 
 METADATA_KEY = "calibquant_promptset"
@@ -45,6 +45,11 @@ class CalibQuantPromptSet(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: object) -> int:
+        return written.times_lost(cls.hidden.unique_id)
+
+    @classmethod
+    @feedback.in_node_words()
     def execute(cls, clip: Any, prompts: str, name: str) -> io.NodeOutput:
         texts = [line.strip() for line in prompts.splitlines() if line.strip()] or varied_prompts()
         path, progress = folders.saved_prompt_set_path(name), feedback.progress()(0)
@@ -54,6 +59,7 @@ class CalibQuantPromptSet(io.ComfyNode):
             encoded.append({"text": text, **_encode(clip, text)})
             progress(i + 1, len(texts), "")
         save_prompt_set(path, encoded)
+        written.remember(cls.hidden.unique_id, path)
         return io.NodeOutput(encoded, ui=ui.PreviewText(f"{len(texts)} prompts saved as {path.name}"))
 
 
@@ -122,6 +128,7 @@ class CalibQuantLoadPromptSet(io.ComfyNode):
         )
 
     @classmethod
+    @feedback.in_node_words()
     def execute(cls, prompt_set: str, index: int) -> io.NodeOutput:
         path = folders.prompt_set_path(prompt_set)
         prompts = load_prompt_set(path)

@@ -8,13 +8,14 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..quant_core import jobs
+from ..quant_core.files.text import counted
 from ..quant_core.models.source import Source
 from ..quant_core.planning import recipes
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
 from ..quant_core.reports.report import Report
 from ..quant_core.rounding.choice import CHOICES
-from .comfyui import feedback, folders, patches
+from .comfyui import feedback, folders, patches, written
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ReportType
 
@@ -79,9 +80,10 @@ class CalibQuantQuantize(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
-        return folders.fingerprint(model_name)
+        return f"{folders.fingerprint(model_name)} {written.times_lost(cls.hidden.unique_id)}"
 
     @classmethod
+    @feedback.in_node_words()
     def execute(
         cls,
         model_name: str,
@@ -114,9 +116,17 @@ class CalibQuantQuantize(io.ComfyNode):
             if verify:
                 feedback.show(cls.hidden.unique_id, f"verifying {output.name}")
                 _verify_or_remove(source, report, merge, progress(1))
-        lines = [loader_name, report.summary()]
-        lines += [f"LoRA patches baked into {len(merge)} tensors"] if merge else []
+        written.remember(cls.hidden.unique_id, output)
+        lines = [loader_name, report.summary(), *_about(model, merge)]
         return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
+
+
+def _about(model: Any, merge: dict[str, Any]) -> list[str]:
+    """What a linked MODEL brought in."""
+    lines = [f"baked in: what LoRA and merge nodes changed, {counted(len(merge), 'tensor')}"] if merge else []
+    if model is not None and not patches.leaves_trail(model):
+        lines.append("note: the linked MODEL does not say which file it came from; only names and shapes were compared")
+    return lines
 
 
 def _verify_or_remove(source: Source, report: Report, merge: dict[str, Any], progress: Progress) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from quant_core.errors import CalibQuantError
 from quant_core.files import checkpoint
 from quant_core.files.checkpoint import Checkpoint, TensorSpec, Writer, file_size
+from quant_core.files.text import change_of_size
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 REMEDY = r": [^:]*\b(download|give|save|convert|remove|name|check|make)\b[^:]*$"
@@ -395,3 +396,8 @@ def test_memory_is_a_few_times_the_largest_tensor(tmp_path: Path) -> None:
     command = models.python(PEAK, small, large, "nvfp4")
     done = subprocess.run(command, capture_output=True, text=True, cwd=models.ROOT, check=True)
     assert int(done.stdout) < 5 * largest
+
+
+def test_two_sizes_have_one_unit() -> None:
+    assert change_of_size(150_000_000, 74_000_000) == "150.00 MB → 74.00 MB"
+    assert change_of_size(12_300_000_000, 3_460_000_000) == "12.30 GB → 3.46 GB"

@@ -217,7 +217,7 @@ def test_a_nan_is_an_error_that_names_the_layer(
     tensors[f"{LAYER}.weight"][0, 0] = torch.nan
     path = models.save(tmp_path / "m.safetensors", tensors)
     _, err = call(capsys, "quantize", path, "-o", output, "--recipe", "mxfp8", code=1)
-    assert f"error: {path}: layer {LAYER}: the weight has 1 NaN values" in err.splitlines()[-1]
+    assert f"error: {path}: layer {LAYER}: the weight has 1 NaN value: " in err.splitlines()[-1]
     assert not output.exists()
 
 

@@ -241,7 +241,7 @@ def test_a_bias_that_is_not_finite_is_named(output: Path, tmp_path: Path) -> Non
     key = "blocks.0.ffn.0.bias"
     tensors[key] = torch.zeros(128, dtype=torch.float16).index_fill(0, torch.tensor([1]), float("nan"))
     path = models.save(tmp_path / "m.safetensors", tensors)
-    message = f"{re.escape(str(path))}: layer {re.escape(key.removesuffix('.bias'))}: the bias has 1 NaN values"
+    message = f"{re.escape(str(path))}: layer {re.escape(key.removesuffix('.bias'))}: the bias has 1 NaN value: "
     with pytest.raises(CalibQuantError, match=message):
         quantize(path, "mxfp8", output)
     assert not output.exists()
@@ -330,7 +330,7 @@ def test_a_weight_that_is_not_finite_is_named(
     tensors = models.zimage()
     tensors[f"{LAYER}.weight"][3, 5] = value
     path = models.save(tmp_path / "m.safetensors", tensors)
-    assert refused(path, output, recipe).startswith(f"{path}: layer {LAYER}: the weight has 1 {kind} values")
+    assert refused(path, output, recipe).startswith(f"{path}: layer {LAYER}: the weight has 1 {kind} value: ")
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "mxfp8", "int8"])
@@ -371,7 +371,7 @@ def test_the_source_is_never_its_own_output(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_patch_of_another_model_is_refused(file: Path, output: Path) -> None:
-    with pytest.raises(CalibQuantError, match=r"has no tensor blocks\.0\.weight, which a LoRA patches"):
+    with pytest.raises(CalibQuantError, match=r"has no tensor blocks\.0\.weight, which the linked MODEL patches"):
         quantize(file, "mxfp8", output, merge={"blocks.0.weight": lambda w: w})
     assert not output.exists()
 

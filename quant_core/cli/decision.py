@@ -82,7 +82,7 @@ def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | No
         recipes.check_calibration(source, loaded)
     except CalibQuantError as e:
         if not args.force_calibration:
-            raise
+            raise CalibQuantError(f"{e}, or insist with --force-calibration") from e
         print(f"warning: {e}; going on because of --force-calibration", file=sys.stderr)
     return loaded
 
@@ -118,11 +118,14 @@ def _plan_from_probe(source: Source, args: argparse.Namespace) -> Plan:
     from ..evidence import probe
     from ..planning import convert_to_quant, recipes, scoring
 
+    options = scoring.defaults(source.architecture.name)
+    if args.keep_ratio is not None:
+        scoring.check_ratio(args.keep_ratio)
+    else:
+        options = replace(options, fp8_percentile=args.percentiles[0], keep_percentile=args.percentiles[1])
+        scoring.check(source.architecture.name, options)
     with Bar("probe") as bar:
         probed = probe.probe(args.file, args.architecture, progress=bar)
     if args.keep_ratio is not None:
-        base = convert_to_quant.TYPES[args.base or "nvfp4"]
-        return recipes.keep_worst(source, probed, args.keep_ratio, base)
-    fp8, keep = args.percentiles
-    options = replace(scoring.defaults(probed.architecture), fp8_percentile=fp8, keep_percentile=keep)
+        return recipes.keep_worst(source, probed, args.keep_ratio, convert_to_quant.TYPES[args.base or "nvfp4"])
     return recipes.by_score(source, probed, options)

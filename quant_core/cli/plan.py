@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files.text import gigabytes
+from ..files.text import change_of_size
 from . import decision
 
 if TYPE_CHECKING:
@@ -41,5 +41,5 @@ def _plan_text(made: Plan, source: Source) -> str:
     from ..formats import title
 
     counts = ", ".join(f"{n} {title(fmt)}" for fmt, n in made.count().items())
-    sizes = f"{gigabytes(source.checkpoint.nbytes())} -> {gigabytes(made.size)}"
+    sizes = change_of_size(source.checkpoint.nbytes(), made.size)
     return f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"

@@ -52,12 +52,14 @@ def _score_options(c: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..evidence import probe
     from ..files.text import write_text
+    from ..models.modelfile import ModelFile
     from ..planning import scoring
     from ..reports import probe_report
 
+    with ModelFile(args.file, args.model) as model:  # before the reading: a slip is told at once
+        options = _scoring(args, model.architecture.name)
     with Bar("probe") as bar:
         probed = probe.probe(args.file, args.model, args.outlier_sigma, progress=bar)
-    options = _scoring(args, probed.architecture)
     scored = scoring.decide(probed, options, compat=args.compat is not None)
     known = probed.architecture in scoring.DEFAULTS and not args.compat
     theirs = scoring.decide(probed, options, compat=True) if known else None
@@ -77,5 +79,5 @@ def _scoring(args: argparse.Namespace, architecture: str) -> ScoreOptions:
     if "spread_filter_exempt" in given:
         given["spread_filter_exempt"] = tuple(given["spread_filter_exempt"])
     options = replace(scoring.defaults(architecture), **given)
-    options.check()
+    scoring.check(architecture, options, compat=args.compat is not None)
     return options

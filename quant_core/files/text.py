@@ -30,6 +30,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise CalibQuantError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
 
 
-def gigabytes(nbytes: int) -> str:
-    """GB = 1e9 bytes; MB below a tenth of one."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+def gigabytes(nbytes: int, beside: int | None = None) -> str:
+    """GB = 1e9 bytes; MB where that, or the smaller number to be compared with, is below a tenth of one."""
+    smallest = nbytes if beside is None else min(nbytes, beside)
+    return f"{nbytes / 1e9:.2f} GB" if smallest >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def change_of_size(before: int, after: int) -> str:
+    """Both sizes in one unit."""
+    return f"{gigabytes(before, after)} → {gigabytes(after, before)}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -172,7 +172,7 @@ def _check_merge(source: Source, merge: Merge) -> None:
     for key in merge:
         if key not in source.checkpoint.entries:
             raise CalibQuantError(
-                f"{source.path}: has no tensor {key}, which a LoRA patches: link the MODEL made from this file"
+                f"{source.path}: has no tensor {key}, which the linked MODEL patches: link one made from this file"
             )
 
 
