@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -12,7 +11,6 @@ from ..quant_core.models.source import Source
 from ..quant_core.planning import recipes
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
-from ..quant_core.reports.report import Report
 from ..quant_core.rounding.choice import CHOICES
 from .comfyui import feedback, folders, patches
 from .recorder import CalibrationHandle
@@ -93,7 +91,6 @@ class CalibQuantQuantize(io.ComfyNode):
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         output, loader_name = folders.output_path(filename_prefix, model_name)
-        progress = feedback.progress(2 if verify else 1)
         with Source(folders.model_path(model_name)) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
@@ -108,20 +105,22 @@ class CalibQuantQuantize(io.ComfyNode):
                 merged=digest,
                 calibration=seen,
                 rounding=rounding,
-                progress=progress(0),
+                verify=verify,
+                progress=_progress(cls.hidden.unique_id, output.name),
             )
-            if verify:
-                feedback.show(cls.hidden.unique_id, f"verifying {output.name}")
-                _verify_or_remove(source, report, merge, progress(1))
         lines = [loader_name, report.summary()]
         lines += [f"LoRA patches baked into {len(merge)} tensors"] if merge else []
         return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
 
 
-def _verify_or_remove(source: Source, report: Report, merge: dict[str, Any], progress: Progress) -> None:
-    """A file that is not what was reported, or whose check was cancelled, must not be selectable in a loader."""
-    try:
-        jobs.verify(source, report, merge, progress)
-    except BaseException:  # a cancel is no Exception
-        Path(report.output).unlink(missing_ok=True)
-        raise
+def _progress(node_id: str | None, name: str) -> Progress:
+    """The bar, and a word on the node when verifying begins."""
+    bar, told = feedback.progress()(0), []
+
+    def update(done: int, total: int, text: str) -> None:
+        if text.startswith("verify ") and not told:
+            told.append(text)
+            feedback.show(node_id, f"verifying {name}")
+        bar(done, total, text)
+
+    return update

@@ -188,9 +188,7 @@ def test_auto_takes_the_best_of_what_was_tried_and_reports_it() -> None:
 
 def test_too_few_rows_fall_back_to_search_with_the_reason() -> None:
     weight, x = weights(64, 64), correlated(300, 64, 1)
-    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round(
-        "layer", LayerPlan("nvfp4", ""), weight, ""
-    )
+    done = Rounder(CPU, calibrated(weight, x, rows=16), "auto").round("layer", LayerPlan("nvfp4", ""), weight, "")
     assert done.rounding == "search"
     assert "too few" in done.note
 
@@ -300,9 +298,7 @@ def test_smoothed_inputs_cost_less_as_the_loader_runs_them(with_bias: bool) -> N
 
 def test_smoothing_needs_inputs() -> None:
     with pytest.raises(CalibQuantError, match="layer L: pre_quant_scale needs a calibration"):
-        Rounder(CPU, None, "auto").round(
-            "L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L"
-        )
+        Rounder(CPU, None, "auto").round("L", LayerPlan("nvfp4", "", pre_quant_scale=True), weights(64, 64), "layer L")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

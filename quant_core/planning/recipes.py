@@ -303,7 +303,7 @@ def from_convert_to_quant(
     Layers that stock ComfyUI could not load in the wanted format still fall back (:func:`legal`).
     """
     if bool(custom_layers) != bool(custom_type):
-        raise CalibQuantError("--custom-layers and --custom-type belong together: give both or none")
+        raise OptionError("--custom-layers and --custom-type belong together: give both or none")
     rules = []
     if custom_layers and custom_type:
         rules.append(Rule(custom_layers, _ctq_format(custom_type), "custom layer"))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from ..errors import CalibQuantError
+from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration, LayerStats
 from ..formats import FORMATS, FileTensors, Format
 from . import gptq, hswq, smoothing
@@ -86,7 +86,7 @@ class Rounder:
         if rounding not in CHOICES:
             raise CalibQuantError(f"unknown rounding {rounding!r}: use one of {', '.join(CHOICES)}")
         if rounding == "gptq" and calibration is None:
-            raise CalibQuantError("--rounding gptq needs --calibration C: use search or nearest without one")
+            raise OptionError("--rounding gptq needs --calibration C: use search or nearest without one")
         self._device, self._calibration, self._rounding, self._prefix = device, calibration, rounding, prefix
         self._factors: OrderedDict[tuple[str, bool], gptq.Factor | str] = OrderedDict()
 
