@@ -82,6 +82,7 @@ def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | No
     if args.calibration is None:
         return None
     loaded = calibration.load(args.calibration)
+    recipes.check_widths(source, loaded)
     try:
         recipes.check_calibration(source, loaded)
     except CalibQuantError as e:

@@ -21,6 +21,7 @@ from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import squared_distance, squared_norm
 
 ROWS = 1024  # rows decoded at once; a multiple of the 128-row tiles in which block scales are swizzled
+SCALES = ("F32", "F16", "BF16")  # what comfy-kitchen takes as a scale
 
 
 class QuantizedFile:
@@ -114,7 +115,7 @@ class QuantizedFile:
             if dtype is None:
                 fits = entry.dtype in FLOATS
             elif suffix != "weight":
-                fits = ITEMSIZE[entry.dtype] == 1 if dtype.itemsize == 1 else entry.dtype in FLOATS
+                fits = ITEMSIZE[entry.dtype] == 1 if dtype.itemsize == 1 else entry.dtype in SCALES
                 single = dtype == torch.float32 and math.prod(entry.shape) == 1
             if not fits or not (entry.shape == wanted or single):
                 name = "a float dtype" if dtype is None else str(dtype).removeprefix("torch.")

@@ -235,8 +235,21 @@ def summary(calibration: Calibration) -> dict[str, Any]:
     return {**known, "runs": len(calibration.info.get("runs", [])), "layers": len(calibration.layers)}
 
 
+def check_widths(source: Source, calibration: Calibration) -> None:
+    """CalibQuantError when the calibration cannot be of this model, whatever names it bears."""
+    for layer in source.layers:
+        seen = calibration.layers.get(layer.removeprefix(source.prefix))
+        width = source.shape(layer)[1]
+        if seen and len(seen.input_amax) != width:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer} has {width} inputs, the calibration saw {len(seen.input_amax)}: "
+                "calibrate this model"
+            )
+
+
 def check_calibration(source: Source, calibration: Calibration) -> None:
     """CalibQuantError when the calibration is of another architecture or of another file."""
+    check_widths(source, calibration)
     family, made_for = source.architecture.name, calibration.info.get("architecture")
     if made_for not in (None, family):
         raise CalibQuantError(f"{source.path}: is {family}, the calibration is of {made_for}: calibrate this model")
