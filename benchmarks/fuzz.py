@@ -253,7 +253,7 @@ def _odd_tensor(rng: random.Random) -> torch.Tensor:
 # --- through the public functions
 
 
-def headers(cases: int, folder: Path, seed: int = 0) -> Counts:
+def headers(cases: int, folder: Path, seed: int = 0) -> list[Counts]:
     """Mutated headers of a model, quantized files and a calibration, through inspect and as a source."""
     corpus, counts, rng = Corpus(folder / "headers"), Counts("mutated headers"), random.Random(seed)
     files, target = (
@@ -264,7 +264,7 @@ def headers(cases: int, folder: Path, seed: int = 0) -> Counts:
         path = rng.choice(files)
         damaged_header(rng, path, target)
         counts.run(f"header {case} of {path.name}, seed {seed}", lambda: _inspect(target))
-    return counts
+    return [counts]
 
 
 def _inspect(path: Path) -> None:
@@ -339,7 +339,6 @@ def kills(cases: int, folder: Path, seed: int = 0) -> list[Counts]:
     """Runs of the command line killed at random moments, and pairs of runs with one target. To be called first: runs
     are forks of this process, which must not have used torch's threads before.
     """
-    torch.set_num_threads(1)
     folder = folder / "kills"
     folder.mkdir()
     rng, model = random.Random(seed), folder / "model.safetensors"
@@ -432,16 +431,18 @@ def main() -> int:
     for name, number in (("headers", 50_000), ("files", 5_000), ("kills", 60), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=number, metavar="N")
     args = parser.parse_args()
+    jobs_of = {kills: args.kills, headers: args.headers, files: args.files}  # kills first: see there
+    failures: list[str] = []
     folder = Path(tempfile.mkdtemp())
+    torch.set_num_threads(1)
     try:
-        done = kills(args.kills, folder, args.seed) if args.kills else []
-        torch.set_num_threads(1)
-        done += [headers(args.headers, folder, args.seed)] if args.headers else []
-        done += files(args.files, folder, args.seed) if args.files else []
+        for job, cases in jobs_of.items():
+            for counts in job(cases, folder, args.seed) if cases else []:
+                print(counts, flush=True)
+                failures += counts.failures
     finally:
         shutil.rmtree(folder)
-    failures = [failure for counts in done for failure in counts.failures]
-    print("\n".join([*map(str, done), *failures[:50]]))
+    print("\n".join(failures[:50]))
     return 1 if failures else 0
 
 
