@@ -9,6 +9,7 @@ A Linux machine without an NVIDIA GPU gets the CPU build of torch, never the CUD
 (COMFYUI_PATH, the one whose custom_nodes holds this checkout, or ~/comfy/ComfyUI) its requirements come along.
 Plain standard library, the same steps on Linux, macOS and Windows.
 """
+
 from __future__ import annotations
 
 import hashlib

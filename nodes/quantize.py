@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -13,7 +12,6 @@ from ..quant_core.models.source import Source
 from ..quant_core.planning import recipes
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
-from ..quant_core.reports.report import Report
 from ..quant_core.rounding.choice import CHOICES
 from .comfyui import feedback, folders, patches, written
 from .recorder import CalibrationHandle
@@ -95,7 +93,6 @@ class CalibQuantQuantize(io.ComfyNode):
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         output, loader_name = folders.output_path(filename_prefix, model_name)
-        progress = feedback.progress(2 if verify else 1)
         with Source(folders.model_path(model_name)) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
@@ -111,11 +108,9 @@ class CalibQuantQuantize(io.ComfyNode):
                 merged=digest,
                 calibration=seen,
                 rounding=rounding,
-                progress=progress(0),
+                verify=verify,
+                progress=_progress(cls.hidden.unique_id, output.name),
             )
-            if verify:
-                feedback.show(cls.hidden.unique_id, f"verifying {output.name}")
-                _verify_or_remove(source, report, merge, progress(1))
         written.remember(cls.hidden.unique_id, output)
         lines = [loader_name, report.summary(), *_about(model, merge)]
         return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
@@ -129,10 +124,14 @@ def _about(model: Any, merge: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _verify_or_remove(source: Source, report: Report, merge: dict[str, Any], progress: Progress) -> None:
-    """A file that is not what was reported, or whose check was cancelled, must not be selectable in a loader."""
-    try:
-        jobs.verify(source, report, merge, progress)
-    except BaseException:  # a cancel is no Exception
-        Path(report.output).unlink(missing_ok=True)
-        raise
+def _progress(node_id: str | None, name: str) -> Progress:
+    """The bar, and a word on the node when verifying begins."""
+    bar, told = feedback.progress()(0), []
+
+    def update(done: int, total: int, text: str) -> None:
+        if text.startswith("verify ") and not told:
+            told.append(text)
+            feedback.show(node_id, f"verifying {name}")
+        bar(done, total, text)
+
+    return update

@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import json
 import re
+import sys
 import time
 import urllib.request
 import uuid
@@ -275,21 +276,23 @@ def test_a_linked_model_without_a_file_is_compared_by_shapes_and_says_so(pack: d
 def test_cancel_during_verify_leaves_nothing_behind(
     pack: dict[str, Any], comfy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    management, seen = importlib.import_module("comfy.model_management"), []
+    management, seen, told = importlib.import_module("comfy.model_management"), [], []
     folder = comfy / "output" / "diffusion_models" / "cancelled"
+    feedback = sys.modules[pack["CalibQuantQuantize"].__module__].feedback
 
     def cancel_once_written() -> None:
-        seen.extend(folder.glob("*.safetensors"))
-        if seen:
+        if told:
+            seen.extend(folder.iterdir())
             raise management.InterruptProcessingException
 
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", cancel_once_written)
+    monkeypatch.setattr(feedback, "show", lambda _, text: told.append(text) if text.startswith("verifying") else None)
     with pytest.raises(management.InterruptProcessingException):
         execute(
             pack["CalibQuantQuantize"],
             model_name=MODEL, plan=make_plan(pack, MODEL, "fp8"), filename_prefix="cancelled/x", verify=True,
         )  # fmt: skip
-    assert seen and not list(folder.iterdir())
+    assert [path.suffix for path in seen] == [".partial"] and not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

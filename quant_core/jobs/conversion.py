@@ -71,7 +71,12 @@ def _native_tensors(source: Source, layer: str) -> dict[str, torch.Tensor]:
     tensors = {"weight_scale": scale.reshape(())}
     input_key = layer + dialect.input_scale if dialect.input_scale else ""
     if input_key in source.checkpoint.entries:
-        value = read(input_key).float().reshape(())
+        value = read(input_key).float()
+        if value.numel() != 1:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer}: {input_key} has {value.numel()} elements, not one: download it again"
+            )
+        value = value.reshape(())
         if value != 1.0:  # the legacy loader takes 1.0 as "not given"
             tensors["input_scale"] = value
     e5m2 = source.checkpoint.entries[layer + ".weight"].dtype == "F8_E5M2"

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
 import torch
 
 from ..errors import CalibQuantError
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import DTYPES, Checkpoint
+from ..files.header import ITEMSIZE
 from ..files.markers import FP8, declared_configs
 from ..formats import FORMATS, SOURCE
 from ..models.architectures import split_prefix
 from ..models.diffusers import present
-from ..models.modelfile import NATIVE
+from ..models.modelfile import FLOATS, NATIVE
 from ..models.source import apply_scale
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import squared_distance, squared_norm
 
 ROWS = 1024  # rows decoded at once; a multiple of the 128-row tiles in which block scales are swizzled
+SCALES = ("F32", "F16", "BF16")  # what comfy-kitchen takes as a scale
 
 
 class QuantizedFile:
@@ -53,9 +56,11 @@ class QuantizedFile:
         """float32 parts of the ``[out, ...]`` that acts on unscaled inputs, at most ``ROWS`` rows each."""
         fmt = self.format(layer)
         decode = FORMATS[fmt].decode if fmt in FORMATS else None
+        self._check(layer, fmt, shape)
         tensors = self._tensors(layer, fmt)
-        if decode and len(shape) == 2 and "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
-            tensors["weight_scale"] = tensors["weight_scale"].reshape(())
+        for name, tensor in tensors.items():
+            if name != "weight" and tensor.numel() == 1 and tensor.dtype.itemsize > 1:
+                tensors[name] = tensor.reshape(()).float()
         smooth = self.smoothing(layer)
         for start in range(0, shape[0], ROWS):
             part = {n: t[start : start + ROWS] if t.dim() > 1 else t for n, t in tensors.items()}
@@ -69,7 +74,7 @@ class QuantizedFile:
 
     def runs_as(self, layer: str) -> LayerPlan:
         """What the loader will do with the layer's inputs, as a plan's entry."""
-        scale = self._optional(f"{layer}.input_scale")
+        scale = self._optional(f"{layer}.input_scale", 1)
         full_precision = bool(self.configs.get(layer, {}).get("full_precision_matrix_mult"))
         return LayerPlan(self.format(layer), "", full_precision, None if scale is None else float(scale))
 
@@ -77,22 +82,54 @@ class QuantizedFile:
         """``pre_quant_scale`` as float32 [in], None where there is none."""
         return self._optional(f"{layer}.{smoothing.KEY}")
 
-    def _optional(self, key: str) -> torch.Tensor | None:
-        return self.checkpoint.read(key).float() if key in self.checkpoint.entries else None
+    def _optional(self, key: str, size: int | None = None) -> torch.Tensor | None:
+        """A vector (or number, of size 1) that a layer may have, as float32."""
+        if key not in self.checkpoint.entries:
+            return None
+        entry = self.checkpoint.entries[key]
+        if entry.dtype not in FLOATS or len(entry.shape) > 1 or size not in (None, math.prod(entry.shape)):
+            raise self._misfit(key, "one number" if size else "a vector of floats")
+        return self.checkpoint.read(key).float()
+
+    def _misfit(self, key: str, wanted: str) -> CalibQuantError:
+        entry = self.checkpoint.entry(key)
+        layer, _, name = key.rpartition(".")
+        return CalibQuantError(
+            f"{self.checkpoint.path}: layer {layer}: {name} is {entry.dtype} {list(entry.shape)}, wanted is {wanted}: "
+            "the file is damaged, or of another model: quantize again"
+        )
+
+    def _check(self, layer: str, fmt: str, shape: tuple[int, ...]) -> None:
+        """Every tensor of a layer [out, ...] is what its format is decoded from; its optional vectors fit, too.
+
+        A scale in bytes may be stored under another dtype of one byte, a single number in any shape and float dtype.
+        """
+        where, config = f"{self.checkpoint.path}: layer {layer}", self.configs.get(layer, {})
+        if fmt not in (*FORMATS, "float8_e5m2", SOURCE):
+            raise CalibQuantError(f"{where}: format {fmt} cannot be decoded here")
+        params = config.get("params")
+        if config.get("convrot") or (isinstance(params, dict) and params.get("convrot")):
+            raise CalibQuantError(f"{where}: rotated INT8 (convrot) cannot be compared here")
+        layout = FORMATS[fmt].layout(shape) if fmt in FORMATS and len(shape) == 2 else {"weight": (None, shape)}
+        for suffix, (dtype, wanted) in layout.items():
+            entry = self.checkpoint.entry(f"{layer}.{suffix}")
+            fits, single = DTYPES[entry.dtype] == dtype, False
+            if dtype is None:
+                fits = entry.dtype in FLOATS
+            elif suffix != "weight":
+                fits = ITEMSIZE[entry.dtype] == 1 if dtype.itemsize == 1 else entry.dtype in SCALES
+                single = dtype == torch.float32 and math.prod(entry.shape) == 1
+            if not fits or not (entry.shape == wanted or single):
+                name = "a float dtype" if dtype is None else str(dtype).removeprefix("torch.")
+                raise self._misfit(f"{layer}.{suffix}", f"{name} {list(wanted)}")
+        self._optional(f"{layer}.bias", shape[0])
+        self._optional(f"{layer}.{smoothing.KEY}", math.prod(shape[1:]))
 
     def _tensors(self, layer: str, fmt: str) -> dict[str, torch.Tensor]:
         path, read = self.checkpoint.path, self.checkpoint.read
         if fmt == "float8_e5m2":
-            scaled = apply_scale(path, layer, read(layer + ".weight"), read(layer + NATIVE.scale))
-            return {"weight": scaled}
-        if fmt not in FORMATS:
-            if fmt != SOURCE:
-                raise CalibQuantError(f"{path}: layer {layer}: format {fmt} cannot be decoded here")
-            return {"weight": read(layer + ".weight")}
-        config = self.configs.get(layer, {})
-        if config.get("convrot") or config.get("params", {}).get("convrot"):
-            raise CalibQuantError(f"{path}: layer {layer}: rotated INT8 (convrot) cannot be compared here")
-        names = ("weight", "weight_scale", "weight_scale_2")
+            return {"weight": apply_scale(path, layer, read(layer + ".weight"), read(layer + NATIVE.scale))}
+        names = ["weight", "weight_scale", "weight_scale_2"] if fmt in FORMATS else ["weight"]
         return {n: read(f"{layer}.{n}") for n in names if f"{layer}.{n}" in self.checkpoint.entries}
 
 
@@ -101,11 +138,6 @@ def layer_error(source: torch.Tensor, quantized: QuantizedFile, layer: str) -> f
     error = energy = 0.0
     for start, part in zip(range(0, source.shape[0], ROWS), quantized.rows(layer, tuple(source.shape)), strict=True):
         weight = source[start : start + ROWS].float()
-        if part.shape != weight.shape:
-            raise CalibQuantError(
-                f"{quantized.checkpoint.path}: layer {layer} has shape {tuple(part.shape)} where the source has "
-                f"{tuple(weight.shape)}: the two files are of different models"
-            )
         error += squared_distance(weight, part)
         energy += squared_norm(weight)
     return error / energy if energy else error

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import CalibQuantError
+from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration
 from ..evidence.probe import Probe
 from ..formats import FORMATS, SOURCE, title
@@ -251,8 +251,21 @@ def summary(calibration: Calibration) -> dict[str, Any]:
     return {**known, "runs": len(calibration.info.get("runs", [])), "layers": len(calibration.layers)}
 
 
+def check_widths(source: Source, calibration: Calibration) -> None:
+    """CalibQuantError when the calibration cannot be of this model, whatever names it bears."""
+    for layer in source.layers:
+        seen = calibration.layers.get(layer.removeprefix(source.prefix))
+        width = source.shape(layer)[1]
+        if seen and len(seen.input_amax) != width:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer} has {width} inputs, the calibration saw {len(seen.input_amax)}: "
+                "calibrate this model"
+            )
+
+
 def check_calibration(source: Source, calibration: Calibration) -> None:
     """CalibQuantError when the calibration is of another architecture or of another file."""
+    check_widths(source, calibration)
     family, made_for = source.architecture.name, calibration.info.get("architecture")
     if made_for not in (None, family):
         raise CalibQuantError(f"{source.path}: is {family}, the calibration is of {made_for}: calibrate this model")
@@ -319,7 +332,7 @@ def from_convert_to_quant(
     Layers that stock ComfyUI could not load in the wanted format still fall back (:func:`legal`).
     """
     if bool(custom_layers) != bool(custom_type):
-        raise CalibQuantError("custom layers and a custom type belong together: give both or none")
+        raise OptionError("custom layers and a custom type belong together: give both or none")
     rules = []
     if custom_layers and custom_type:
         rules.append(Rule(custom_layers, _ctq_format(custom_type), "custom layer"))
