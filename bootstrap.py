@@ -11,6 +11,7 @@ A Linux machine without an NVIDIA GPU gets the CPU build of torch, never the CUD
 (COMFYUI_PATH, the one whose custom_nodes holds this checkout, or ~/comfy/ComfyUI) its requirements come along.
 Plain standard library, the same steps on Linux, macOS and Windows.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from quant_core.locate import ROOT, find_comfyui, find_newer_comfyui
 
+NEWER = ROOT / ".venv-next"
 SHIMS = ROOT / "tests" / "shims"  # see torch_shims.py there
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_INDEX = ("--index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1", "--timeout", "30")
@@ -201,7 +203,7 @@ def run_on_newer_core(arguments: list[str]) -> int:
         say("no second, newer ComfyUI found (COMFYUI_PATH_NEW=folder names one): tested with one core")
         return 0
     say(f"once more with ComfyUI at {newer}: the tests that a core can change")
-    code = run("test", Environment(ROOT / ".venv-next", newer), [*ON_A_NEWER_CORE, *arguments])
+    code = run("test", Environment(NEWER, newer), [*ON_A_NEWER_CORE, *arguments])
     return 0 if code == NO_TESTS else code
 
 

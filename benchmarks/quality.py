@@ -44,10 +44,12 @@ from comfy_env import SHIMS, require_comfyui, start_server  # noqa: E402
 from models import correlated  # noqa: E402
 from synthetic import weight as heavy_tailed  # noqa: E402
 
+from bootstrap import NEWER, Environment  # noqa: E402
 from quant_core.demo import digits  # noqa: E402
 from quant_core.demo.run import ssim  # noqa: E402
 from quant_core.evidence import calibration  # noqa: E402
 from quant_core.evidence.collector import Collector  # noqa: E402
+from quant_core.locate import find_newer_comfyui  # noqa: E402
 
 MODEL = ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
 PROMPTS = ROOT / "workflows" / "promptsets" / "digits.safetensors"
@@ -117,7 +119,8 @@ def run(out: Path, seeds: int, runs: int) -> tuple[str, str]:
     demo.append(make("FP8 cast", "ours, nearest", out / "demo" / "cast", cast))
     compare(demo[-1], MODEL, held_out)
     wide = quantize_block(out / "wide", WIDE, runs)
-    same = [*ours(MODEL, DEMO_FORMATS["NVFP4"], "gptq"), "--calibration", str(held_out)]  # the prompts drawn below, other seeds
+    # calibrated on the prompts drawn below, but on other seeds
+    same = [*ours(MODEL, DEMO_FORMATS["NVFP4"], "gptq"), "--calibration", str(held_out)]
     informed = make("NVFP4", "ours, gptq, calibrated on these prompts", out / "demo" / "same", same)
     drawn = [*demo[:3], informed, *demo[3:]]
     floor, change = sample_all(drawn, seen, out, seeds)
@@ -274,7 +277,7 @@ def sample(
     """Latents float32 [seeds, 10, 16, 1, 8, 8] per file, as KSampler returns them."""
     npz = out / "latents.npz"
     comfyui = find_newer_comfyui()
-    python = next_python() if comfyui else sys.executable
+    python = Environment(NEWER, comfyui).python if comfyui else sys.executable
     command = [str(python), *(program or ["nodes/sample_digits.py"]), "--comfyui", str(comfyui or require_comfyui())]
     command += ["--out", str(npz), "--seeds", str(seeds), "--first-seed", str(first), *["--native"] * native]
     environment = {**os.environ, "PYTHONPATH": str(SHIMS)}

@@ -1,11 +1,8 @@
 // Shows what a CalibQuant node is doing, then its result (sizes, layers per format, worst layer), on the node.
 //
-// Events: "calibquant.text" {node, text} from the server while the node works (nodes/comfyui.py), and the node's
-// own `text` output at the end. A DOM widget, because both renderers draw one: the canvas and Vue nodes.
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
+// The words come from results.js. A DOM widget, because both renderers draw one: the canvas and Vue nodes.
+import { onWords } from "./results.js";
 
-const PREFIX = "CalibQuant";
 const WIDGET = "calibquant_result";
 const LINE = 16; // pixels
 const PADDING = 6;
@@ -45,34 +42,11 @@ function addWidget(node) {
   return widget;
 }
 
-function show(node, text) {
-  const widget = node.widgets?.find((w) => w.name === WIDGET) ?? addWidget(node);
-  widget.element.firstChild.textContent = text.trim();
+onWords((node, { text = "", failed = false }) => {
+  const found = node.widgets?.find((w) => w.name === WIDGET);
+  if (!text && !found) return;
+  const line = (found ?? addWidget(node)).element.firstChild;
+  line.textContent = text.trim();
+  line.style.color = failed ? "var(--error-text, #ff6b6b)" : "";
   grow(node);
-}
-
-function isOurs(node) {
-  return node?.comfyClass?.startsWith(PREFIX);
-}
-
-app.registerExtension({
-  name: "CalibQuant.Result",
-  setup() {
-    const tell = (id, text) => {
-      const node = app.graph.getNodeById(id);
-      if (isOurs(node)) show(node, text);
-    };
-    api.addEventListener("calibquant.text", ({ detail }) => tell(detail.node, detail.text));
-    api.addEventListener("execution_interrupted", ({ detail }) => tell(detail.node_id, "cancelled"));
-    api.addEventListener("execution_error", ({ detail }) => tell(detail.node_id, detail.exception_message));
-  },
-  nodeCreated(node) {
-    if (!isOurs(node)) return;
-    const onExecuted = node.onExecuted;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      const text = [output?.text ?? []].flat().join("\n");
-      if (text) show(this, text);
-    };
-  },
 });

@@ -4,6 +4,7 @@
 // so that text stays sharp at every zoom and row labels stay put while a wide map scrolls. A DOM widget, because both
 // renderers draw one: the canvas and Vue nodes.
 import { app } from "../../scripts/app.js";
+import { onWords } from "./results.js";
 
 const NODE = "CalibQuantProbe";
 const WIDGET = "calibquant_heatmap";
@@ -13,7 +14,6 @@ const CELL = { min: 10, max: 34, height: 15 }; // pixels
 const LABELS = 16; // at most so many block numbers above the map
 const NODE_WIDTH = { least: 520, most: 1000, beside: 240 }; // pixels; beside: row labels and paddings
 const OUTSIDE = "outside the blocks";
-const RESTORE_MS = 200; // the frontend sends no event when a workflow's outputs are back
 const LOG_FROM = 8; // the colour scale is logarithmic when the largest value is so many times the smallest
 const DECISIONS = ["NVFP4", "FP8", "KEEP"];
 
@@ -95,7 +95,17 @@ function mean(values) {
 
 function read(raw) {
   const layers = raw.layers.map((row) => Object.fromEntries(raw.fields.map((name, i) => [name, row[i]])));
-  return { ...raw, layers, metrics: metrics(raw) };
+  return { ...raw, layers, metrics: metrics(raw), flat: raw.formats.map((_, i) => isFlat(errorsOf(layers, i), raw.noise[i])) };
+}
+
+function errorsOf(layers, i) {
+  return layers.filter((layer) => !layer.protected).map((layer) => layer.errors[i][0]);
+}
+
+/** Whether as many alike layers would differ as much, by the chance of which weights were sampled. */
+function isFlat(values, noise) {
+  const widest = 2 * Math.sqrt(2 * Math.log(Math.max(values.length, 2))) * noise; // of so many normal deviates
+  return Math.max(...values) <= Math.min(...values) * (1 + widest);
 }
 
 /** What the map can show: {key, title, note, of(layer), show(value), correlation}. */
@@ -107,6 +117,7 @@ function metrics(raw) {
     title,
     note: "‖W − Ŵ‖² / ‖W‖² of the weights, measured",
     of: (layer) => layer.errors[i][how],
+    noise: raw.noise[i],
     show: error,
   });
   raw.formats.forEach((_, i) => found.push(measured(i, 0, `Error in ${raw.titles[i]}`)));
@@ -119,12 +130,14 @@ function metrics(raw) {
   return found;
 }
 
-function note(data, metric) {
+function note(data, metric, range) {
   const parts = [metric.note];
+  if (range.flat) parts.push("flat: these layers differ by no more than the chance of which weights were sampled");
   if (metric.correlation) {
-    const told = metric.correlation.map((r, i) => `${data.titles[i]} ${r === null ? "–" : short(r)}`);
+    const told = metric.correlation.map((r, i) => `${data.titles[i]} ${data.flat[i] ? "flat" : r === null ? "–" : short(r)}`);
     parts.push(`rank correlation with the measured error here: ${told.join(" · ")}`);
   }
+  parts.push(`least and largest are of the ${range.count} layers that are not hatched`);
   return parts.join(" – ");
 }
 
@@ -137,15 +150,16 @@ function colour(share) {
   return `rgb(${mix.join(",")})`;
 }
 
-/** From a value to its place on the colour scale, 0 to 1, and back. */
-function scale(values) {
+/** From a value to its place on the colour scale, 0 to 1, and back. noise: relative standard error of the values. */
+function scale(values, noise = 0) {
   const low = Math.min(...values);
   const high = Math.max(...values);
   const kind = low > 0 && high / low >= LOG_FROM ? LOG : low <= 0 && high - low >= LOG_FROM ? SIGNED_LOG : LINEAR;
   const [from, to] = [kind.to(low), kind.to(high)];
+  const flat = noise > 0 && isFlat(values, noise);
   return {
-    low, high, name: kind.name,
-    place: (value) => (to > from ? (kind.to(value) - from) / (to - from) : 0.5),
+    low, high, name: kind.name, count: values.length, flat,
+    place: (value) => (to > from && !flat ? (kind.to(value) - from) / (to - from) : 0.5),
     value: (place) => kind.from(from + place * (to - from)),
   };
 }
@@ -184,7 +198,8 @@ function legend(metric, range) {
   }
   const bar = make("span", "cq-bar");
   bar.style.background = `linear-gradient(90deg, ${COLOURS.map((_, i) => colour(i / (COLOURS.length - 1))).join(",")})`;
-  const middle = range.name ? [`(middle ${metric.show(range.value(0.5))}, ${range.name})`] : [];
+  if (range.flat) bar.style.background = colour(0.5);
+  const middle = range.flat ? ["(flat)"] : range.name ? [`(middle ${metric.show(range.value(0.5))}, ${range.name})`] : [];
   const numbers = [make("span", "cq-least", metric.show(range.low)), bar, make("span", "cq-most", metric.show(range.high))];
   return make("div", "cq-legend", "", [...numbers, ...middle, ...kept]);
 }
@@ -360,17 +375,39 @@ class Heatmap {
     const { data } = this;
     const metric = data.metrics.find((m) => m.key === this.node.properties[PROPERTY]) ?? data.metrics[0];
     this.select.value = metric.key;
-    const range = scale(data.layers.filter((layer) => !isKept(layer, metric)).map(metric.of));
+    const range = scale(data.layers.filter((layer) => !isKept(layer, metric)).map(metric.of), metric.noise);
     const head = make("div", "cq-head", "", [this.select, legend(metric, range)]);
     const scroll = make("div", "cq-scroll", "", [drawMap(data, metric, range)]);
     const left = this.content.querySelector(".cq-scroll")?.scrollLeft ?? 0;
-    this.content.replaceChildren(head, make("div", "cq-note", note(data, metric)), scroll, drawTable(data, this.sorting));
+    this.content.replaceChildren(head, make("div", "cq-note", note(data, metric, range)), scroll, drawTable(data, this.sorting));
     scroll.scrollLeft = left;
   }
 
   height() {
     return 2 * MARGIN + 16 + Math.max(60, this.content.offsetHeight); // 16: the paddings of the box
   }
+}
+
+/**
+ * Vue nodes hand the wheel to the canvas, which zooms, before anything inside a node hears of it. Over what can be
+ * scrolled it scrolls, as on the canvas renderer; with a key held it still zooms.
+ */
+function keepWheel(event) {
+  const element = event.target.closest?.(".calibquant-heatmap");
+  if (element && !event.ctrlKey && !event.metaKey && scrolls(event, element)) event.stopPropagation();
+}
+
+/** Whether something between the pointer and the element can be scrolled in the direction of the wheel. */
+function scrolls({ target, deltaX, deltaY, shiftKey }, element) {
+  const sideways = shiftKey || Math.abs(deltaX) > Math.abs(deltaY);
+  for (let box = target; box && box !== element.parentElement; box = box.parentElement) {
+    const { overflowX, overflowY } = getComputedStyle(box);
+    const [overflow, more] = sideways
+      ? [overflowX, box.scrollWidth - box.clientWidth]
+      : [overflowY, box.scrollHeight - box.clientHeight];
+    if (overflow === "auto" && more > 1) return true;
+  }
+  return false;
 }
 
 /** The width at which the whole map is seen, within reason. */
@@ -403,34 +440,29 @@ function addWidget(node) {
   return widget;
 }
 
-function show(node, raw, widen = true) {
-  const found = node.widgets?.find((w) => w.name === WIDGET);
-  const { heatmap } = found ?? addWidget(node);
+/** isNew: just computed. A map that comes back with its workflow leaves the node at the size it had. */
+function show(node, raw, isNew) {
+  const { heatmap } = node.widgets?.find((w) => w.name === WIDGET) ?? addWidget(node);
+  if (heatmap.raw === raw) return;
+  const before = heatmap.raw ? goodWidth(heatmap.data) : 0;
+  heatmap.raw = raw;
   heatmap.show(raw);
-  grow(node, found || !widen ? 0 : goodWidth(heatmap.data));
+  const wanted = goodWidth(heatmap.data);
+  grow(node, isNew && wanted > before ? wanted : 0); // a node that the user made narrow stays so for a model of that size
 }
 
-/** A workflow that was put aside and opened again: its outputs are back only after its nodes. */
-function restore(node) {
-  setTimeout(() => {
-    const [raw] = app.nodeOutputs?.[node.id]?.calibquant_probe ?? [];
-    if (raw && node.graph) show(node, raw, false); // at the size it was left
-  }, RESTORE_MS);
-}
+onWords((node, { output }, isNew) => {
+  const [raw] = output?.calibquant_probe ?? [];
+  if (raw && node.comfyClass === NODE) show(node, raw, isNew);
+});
 
 app.registerExtension({
   name: "CalibQuant.Heatmap",
-  loadedGraphNode(node) {
-    if (node?.comfyClass === NODE) restore(node);
+  setup() {
+    window.addEventListener("wheel", keepWheel, { capture: true, passive: true });
   },
   nodeCreated(node) {
     if (node?.comfyClass !== NODE) return;
-    const onExecuted = node.onExecuted;
-    node.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      const [raw] = output?.calibquant_probe ?? [];
-      if (raw) show(this, raw);
-    };
     const onRemoved = node.onRemoved;
     node.onRemoved = function () {
       onRemoved?.apply(this, arguments);

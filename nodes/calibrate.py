@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import calibration as engine
-from .comfyui import feedback, folders, patches, sampling
+from .comfyui import feedback, folders, patches, sampling, written
 from .comfyui.sampling import SamplerSettings
 from .recorder import CalibrationHandle, Recorder, summary
 from .types import CATEGORY, CalibrationType, ConditioningSetType
@@ -67,6 +67,7 @@ class CalibQuantMonitor(io.ComfyNode):
         return float("nan") if reset else ""
 
     @classmethod
+    @feedback.in_node_words()
     def execute(cls, model: Any, name: str, rows: int, reset: bool) -> io.NodeOutput:
         path, node_id = folders.saved_calibration_path(name), cls.hidden.unique_id
         recorder = _MONITORS.setdefault(path, Recorder(path))
@@ -102,6 +103,7 @@ class CalibQuantCalibrate(io.ComfyNode):
         )
 
     @classmethod
+    @feedback.in_node_words()
     def execute(
         cls, model: Any, conditioning: list[Any], samples: int, steps: int, cfg: float, sampler_name: str,
         scheduler: str, width: int, height: int, frames: int, seed: int, rows: int, negative: Any = None,
@@ -119,10 +121,17 @@ class CalibQuantCalibrate(io.ComfyNode):
             _sample_all(model, jobs, negative, latent, settings, recorder, cls.hidden.unique_id)
         except BaseException:  # a cancel is no Exception; what finished runs gave must not be lost
             recorder.save()
+            feedback.tell_kept(cls.hidden.unique_id, _kept(recorder, samples))
             raise
         collected = recorder.current()
         recorder.path.unlink(missing_ok=True)
         return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText(summary(collected)))
+
+
+def _kept(recorder: Recorder, samples: int) -> str:
+    if not recorder.runs():
+        return "nothing was kept: no sample was finished"
+    return f"{recorder.runs()} of {samples} samples are in {folders.shown(recorder.path)}"
 
 
 def _sampling_inputs() -> list[Any]:
@@ -228,13 +237,16 @@ class CalibQuantSaveCalibration(io.ComfyNode):
                 ),
             ],
             outputs=[],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, merge_with: str = NONE, **_: object) -> str:
-        return "" if merge_with == NONE else folders.calibration_fingerprint(merge_with)
+        merged = "" if merge_with == NONE else folders.calibration_fingerprint(merge_with)
+        return f"{merged} {written.times_lost(cls.hidden.unique_id)}"
 
     @classmethod
+    @feedback.in_node_words()
     def execute(
         cls, calibration: CalibrationHandle, filename_prefix: str, merge_with: str = NONE, after: Any = None
     ) -> io.NodeOutput:
@@ -246,6 +258,7 @@ class CalibQuantSaveCalibration(io.ComfyNode):
             found = engine.merge(found, other, max(c.info.get("rows", engine.ROWS) for c in (found, other)))
         path = folders.new_calibration_path(filename_prefix)
         engine.save(found, path)
+        written.remember(cls.hidden.unique_id, path)
         return io.NodeOutput(ui=ui.PreviewText(f"{path.name}\n{summary(found)}"))
 
 
@@ -272,6 +285,7 @@ class CalibQuantLoadCalibration(io.ComfyNode):
         return folders.calibration_fingerprint(calibration_name)
 
     @classmethod
+    @feedback.in_node_words()
     def execute(cls, calibration_name: str) -> io.NodeOutput:
         found = engine.load(folders.calibration_path(calibration_name))
         return io.NodeOutput(CalibrationHandle(lambda: found), ui=ui.PreviewText(summary(found)))

@@ -11,13 +11,13 @@ from comfy_api.latest import io, ui
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.probe import Probe
-from ..quant_core.files.text import gigabytes
+from ..quant_core.files.text import change_of_size
 from ..quant_core.formats import title
 from ..quant_core.models.source import Source
 from ..quant_core.planning import convert_to_quant, recipes, rotation, scoring, targets
 from ..quant_core.planning.plan import Plan
 from .comfyui import feedback, folders, patches
-from .probe import percentile_inputs, probe_file
+from .probe import chosen, percentile_inputs, probe_file
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ProbeType
 
@@ -41,15 +41,9 @@ class CalibQuantPlan(io.ComfyNode):
                 ),
                 io.DynamicCombo.Input(
                     "strategy",
-                    options=[
-                        io.DynamicCombo.Option("recipe", [_recipe_input()]),
-                        io.DynamicCombo.Option("convert_to_quant", _pattern_inputs()),
-                        io.DynamicCombo.Option("percentiles", percentile_inputs()),
-                        io.DynamicCombo.Option("keep_ratio", _ratio_inputs()),
-                        io.DynamicCombo.Option("hswq", _hswq_inputs()),
-                    ],
+                    options=[io.DynamicCombo.Option(name, inputs()) for name, inputs in _STRATEGIES.items()],
                     tooltip="How formats are chosen: a named recipe, convert_to_quant's layer patterns, or from a "
-                    "probe of the weights: quant_probe's score (percentiles) the measured error (keep_ratio); "
+                    "probe of the weights: quant_probe's score (percentiles) or the measured error (keep_ratio); "
                     "or HSWQ's rule from a calibration.",
                 ),
                 ProbeType.Input(
@@ -96,16 +90,18 @@ class CalibQuantPlan(io.ComfyNode):
         return folders.fingerprint(model_name)
 
     @classmethod
+    @feedback.in_node_words()
     def execute(
         cls,
         model_name: str,
-        strategy: dict[str, Any],
+        strategy: dict[str, Any] | None = None,
         probe: Probe | None = None,
         calibration: CalibrationHandle | None = None,
         input_scale: bool = True,
         pre_quant_scale: bool = False,
         rotate: str = "auto",
     ) -> io.NodeOutput:
+        strategy = chosen("strategy", strategy, _STRATEGIES)
         if pre_quant_scale:
             patches.require_pre_quant_scale()
         with Source(folders.model_path(model_name)) as source:
@@ -122,7 +118,7 @@ class CalibQuantPlan(io.ComfyNode):
             notes = [f"warning: {note}" for note in told if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
-        lines = [f"{source.architecture.title}: {counts}", f"{gigabytes(before)} → {gigabytes(plan.size)}", *notes]
+        lines = [f"{source.architecture.title}: {counts}", f"{change_of_size(before, plan.size)}", *notes]
         return io.NodeOutput(plan, ui=ui.PreviewText("\n".join(lines)))
 
 
@@ -174,21 +170,29 @@ def _hswq_inputs() -> list[io.Float.Input | io.Combo.Input]:
     ]
 
 
-def _by_score(source: Source, probed: Probe, strategy: dict[str, Any]) -> Plan:
+def _by_score(source: Source, probed: Callable[[], Probe], strategy: dict[str, Any]) -> Plan:
     percentiles = {name: strategy[name] for name in ("fp8_percentile", "keep_percentile")}
-    return recipes.by_score(source, probed, replace(scoring.defaults(probed.architecture), **percentiles))
+    options = replace(scoring.defaults(source.architecture.name), **percentiles)
+    scoring.check(source.architecture.name, options)  # before the reading
+    return recipes.by_score(source, probed(), options)
 
 
-def _keep_worst(source: Source, probed: Probe, strategy: dict[str, Any]) -> Plan:
-    return recipes.keep_worst(source, probed, strategy["ratio"], convert_to_quant.TYPES[strategy["base"]])
+def _keep_worst(source: Source, probed: Callable[[], Probe], strategy: dict[str, Any]) -> Plan:
+    scoring.check_ratio(strategy["ratio"])
+    return recipes.keep_worst(source, probed(), strategy["ratio"], convert_to_quant.TYPES[strategy["base"]])
 
 
-_FROM_PROBE: dict[str, Callable[[Source, Probe, dict[str, Any]], Plan]] = {
+_FROM_PROBE: dict[str, Callable[[Source, Callable[[], Probe], dict[str, Any]], Plan]] = {
     "percentiles": _by_score,
     "keep_ratio": _keep_worst,
 }
-
-
+_STRATEGIES: dict[str, Callable[[], list[Any]]] = {
+    "recipe": lambda: [_recipe_input()],
+    "convert_to_quant": _pattern_inputs,
+    "percentiles": percentile_inputs,
+    "keep_ratio": _ratio_inputs,
+    "hswq": _hswq_inputs,
+}
 _HSWQ = {"V2 (scaled)": True, "V1 (plain cast)": False}
 
 
@@ -203,7 +207,7 @@ def _plan(
             raise CalibQuantError(f"{source.path}: the hswq strategy needs a calibration: link one")
         return recipes.hswq(source, seen, strategy["ratio"], _HSWQ[strategy["version"]]), []
     if make := _FROM_PROBE.get(strategy["strategy"]):
-        return make(source, linked or probe_file(model_name), strategy), []
+        return make(source, lambda: linked or probe_file(model_name), strategy), []
     recipe = _recipe(strategy)
     return recipes.make_plan(source, recipe), [recipe.warning, *recipes.unmatched(source, recipe)]
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import probe
-from ..quant_core.evidence.probe import LayerProbe, Probe
+from ..quant_core.evidence.measure import NOISE
+from ..quant_core.evidence.probe import SAMPLE, LayerProbe, Probe
 from ..quant_core.files.text import gigabytes
 from ..quant_core.formats import title
 from ..quant_core.models import architectures
+from ..quant_core.models.modelfile import ModelFile
 from ..quant_core.planning import scoring
 from ..quant_core.planning.scoring import Scored, ScoreOptions
 from .comfyui import feedback, folders
@@ -64,9 +68,11 @@ class CalibQuantProbe(io.ComfyNode):
         return folders.fingerprint(model_name)
 
     @classmethod
-    def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any]) -> io.NodeOutput:
+    @feedback.in_node_words()
+    def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any] | None = None) -> io.NodeOutput:
+        with ModelFile(folders.model_path(model_name)) as model:  # before the reading: a slip is told at once
+            options = _options(model.architecture.name, thresholds, compat)
         probed = probe_file(model_name)
-        options = _options(probed, thresholds)
         scored = scoring.decide(probed, options, compat=compat)
         text = summary(probed, scored, options, compat)
         return io.NodeOutput(probed, ui={"text": [text], "calibquant_probe": [document(probed, scored)]})
@@ -118,9 +124,19 @@ def probe_file(model_name: str) -> Probe:
     return _latest[key]
 
 
-def _options(probed: Probe, thresholds: dict[str, Any]) -> ScoreOptions:
-    own = {name: value for name, value in thresholds.items() if name != "thresholds"}
-    return replace(scoring.defaults(probed.architecture), **own)
+def _options(architecture: str, thresholds: dict[str, Any] | None, compat: bool) -> ScoreOptions:
+    own = chosen("thresholds", thresholds, (FAMILY, CUSTOM))
+    del own["thresholds"]
+    options = replace(scoring.defaults(architecture), **own)
+    scoring.check(architecture, options, compat)
+    return options
+
+
+def chosen(name: str, value: dict[str, Any] | None, options: Iterable[str]) -> dict[str, Any]:
+    """A DynamicCombo's value. ComfyUI checks none that comes over its API; it leaves out one that it does not know."""
+    if not value or value.get(name) not in options:
+        raise CalibQuantError(f"{name} is none of {', '.join(options)}: choose one")
+    return dict(value)
 
 
 def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) -> str:
@@ -133,7 +149,7 @@ def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) 
         f"by score ({options.fp8_percentile:g}/{options.keep_percentile:g}"
         f"{', as quant_probe' if compat else ''}): {counts}, "
         f"about {gigabytes(scoring.estimated_bytes(probed, scored))}",
-        f"largest NVFP4 error: {worst.name} {worst.errors['nvfp4'][0]:.2e}",
+        f"largest NVFP4 error of these {len(scored.decisions)}: {worst.name} {worst.errors['nvfp4'][0]:.2e}",
     ]
     if probed.architecture in scoring.DEFAULTS and not compat:
         other = scoring.differences(scored, scoring.decide(probed, options, compat=True))
@@ -144,7 +160,8 @@ def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) 
 def document(probed: Probe, scored: Scored) -> dict[str, Any]:
     """What js/heatmap.js draws: ``layers`` are rows of ``fields``, numbers of 4 digits (Wan 14B: 400 layers, 90 kB).
 
-    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``. ``correlations``: statistic -> Spearman
+    ``errors`` of a layer: [nearest, searched scale] for each of ``formats``. ``noise``: their relative standard error,
+    in the order of ``formats``. ``correlations``: statistic -> Spearman
     correlation with the nearest error, in the order of ``formats``; None where one does not vary. ``types``: the rows
     of the map, main blocks first.
     """
@@ -156,6 +173,7 @@ def document(probed: Probe, scored: Scored) -> dict[str, Any]:
         "sample": probed.sample,
         "formats": formats,
         "titles": [title(fmt) for fmt in formats],
+        "noise": [NOISE[fmt] * (SAMPLE / probed.sample) ** 0.5 for fmt in formats],
         "correlations": {name: [row[fmt] for fmt in formats] for name, row in probe.correlations(probed).items()},
         "types": _types(probed),
         "fields": FIELDS,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..quant_core import jobs
+from ..quant_core.files.text import counted
 from ..quant_core.models.source import Source
 from ..quant_core.planning import recipes
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
-from ..quant_core.reports.report import Report
 from ..quant_core.rounding.choice import CHOICES
-from .comfyui import feedback, folders, patches
+from .comfyui import feedback, folders, patches, written
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ReportType
 
@@ -79,9 +78,10 @@ class CalibQuantQuantize(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
-        return folders.fingerprint(model_name)
+        return f"{folders.fingerprint(model_name)} {written.times_lost(cls.hidden.unique_id)}"
 
     @classmethod
+    @feedback.in_node_words()
     def execute(
         cls,
         model_name: str,
@@ -93,7 +93,6 @@ class CalibQuantQuantize(io.ComfyNode):
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         output, loader_name = folders.output_path(filename_prefix, model_name)
-        progress = feedback.progress(2 if verify else 1)
         with Source(folders.model_path(model_name)) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
@@ -109,20 +108,30 @@ class CalibQuantQuantize(io.ComfyNode):
                 merged=digest,
                 calibration=seen,
                 rounding=rounding,
-                progress=progress(0),
+                verify=verify,
+                progress=_progress(cls.hidden.unique_id, output.name),
             )
-            if verify:
-                feedback.show(cls.hidden.unique_id, f"verifying {output.name}")
-                _verify_or_remove(source, report, merge, progress(1))
-        lines = [loader_name, report.summary()]
-        lines += [f"LoRA patches baked into {len(merge)} tensors"] if merge else []
+        written.remember(cls.hidden.unique_id, output)
+        lines = [loader_name, report.summary(), *_about(model, merge)]
         return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
 
 
-def _verify_or_remove(source: Source, report: Report, merge: dict[str, Any], progress: Progress) -> None:
-    """A file that is not what was reported, or whose check was cancelled, must not be selectable in a loader."""
-    try:
-        jobs.verify(source, report, merge, progress)
-    except BaseException:  # a cancel is no Exception
-        Path(report.output).unlink(missing_ok=True)
-        raise
+def _about(model: Any, merge: dict[str, Any]) -> list[str]:
+    """What a linked MODEL brought in."""
+    lines = [f"baked in: what LoRA and merge nodes changed, {counted(len(merge), 'tensor')}"] if merge else []
+    if model is not None and not patches.leaves_trail(model):
+        lines.append("note: the linked MODEL does not say which file it came from; only names and shapes were compared")
+    return lines
+
+
+def _progress(node_id: str | None, name: str) -> Progress:
+    """The bar, and a word on the node when verifying begins."""
+    bar, told = feedback.progress()(0), []
+
+    def update(done: int, total: int, text: str) -> None:
+        if text.startswith("verify ") and not told:
+            told.append(text)
+            feedback.show(node_id, f"verifying {name}")
+        bar(done, total, text)
+
+    return update

@@ -12,6 +12,7 @@ from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import calibration
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.collector import Collector
+from ..quant_core.files.text import counted
 from ..quant_core.models.architectures import Architecture
 from .comfyui.sampling import SamplingRun
 
@@ -59,6 +60,11 @@ class Recorder:
         collected = self._collector.result({**self._identity, **self._info})
         return calibration.merge(self._before, collected, self._rows) if self._before.layers else collected
 
+    def runs(self) -> int:
+        """How many finished."""
+        runs = self._collector.info["runs"] if self._collector else []
+        return len(self._before.info.get("runs", [])) + len(runs)
+
     def save(self) -> None:
         """Write what is not on disk yet."""
         if not self._unsaved:
@@ -88,7 +94,7 @@ class Recorder:
             self.save()
         if self.report:
             rows = f"{self._collector.nbytes() / 1e6:.0f} MB of rows"
-            self.report(f"{counted(self._runs(), 'run')} in {self.path.name} ({rows})")
+            self.report(f"{counted(self.runs(), 'run')} in {self.path.name} ({rows})")
 
     def drop(self) -> None:
         if self._collector is not None:
@@ -99,10 +105,6 @@ class Recorder:
         self._info: dict[str, list[Any]] = {}
         self._unsaved = False
         self._saved, self._cost = 0.0, 0.0
-
-    def _runs(self) -> int:
-        runs = self._collector.info["runs"] if self._collector else []
-        return len(self._before.info.get("runs", [])) + len(runs)
 
     def _continued(self, identity: Mapping[str, Any], rows: int) -> Calibration | None:
         """What to build on; None when the collector at hand goes on as it is."""
@@ -140,7 +142,3 @@ def summary(found: Calibration) -> str:
         middle = sorted(ratios.values())[len(ratios) // 2]
         lines.append(f"loudest/median channel: {ratios[worst]:.1f} in {worst}, {middle:.1f} in the median layer")
     return "\n".join(lines)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"

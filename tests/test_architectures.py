@@ -247,6 +247,35 @@ def test_norms_and_embeddings_outside_are_protected(variant: str) -> None:
             assert row.describe(key).protected, key
 
 
+# --- what is no Linear, in a file of any family; tests/test_comfy_classes.py has ComfyUI's own classes
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("layer", "beside", "what"),
+    [
+        ("blocks.15.moe.gate", "blocks.15.moe.experts.0.fc1.weight", "router"),  # Hunyuan3D 2.1
+        ("double_stream_blocks.0.block.ff_i.gate", "double_stream_blocks.0.block.ff_i.experts.3.w1.weight", "router"),
+        ("layers.4.mlp.router", "layers.4.mlp.experts.gate_up_proj", "router"),
+        ("layers.4.mlp.gate.wg", "layers.4.mlp.experts.0.w1.weight", "router"),
+        ("layers.4.mlp.gate", "layers.5.mlp.experts.0.w1.weight", ""),  # SwiGLU: this block has no experts
+        ("layers.4.mlp.gate_proj", "layers.4.mlp.experts.0.w1.weight", ""),
+        ("layers.4.mlp.experts.0.gate", "layers.4.mlp.experts.0.up.weight", ""),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "", "table"),  # T5
+        *((name, "", "table") for name in ("shared", "language_model.embed_tokens", "visual.pos_embed", "lyric_embs")),
+        *((name, "", "table") for name in ("prompt.point_embeddings.3", "decoder.mask_tokens")),
+        ("x_embedder", "x_embedder.bias", ""),
+        ("to_cond_embed.0", "", ""),
+        ("pixel_blocks.3.adaLN_modulation.0", "pixel_blocks.3.adaLN_modulation.0.bias", "splits"),
+        ("blocks.3.adaLN_modulation.0", "", ""),
+    ],
+)
+def test_names_tell_what_is_no_linear(layer: str, beside: str, what: str, prefix: str) -> None:
+    layer, keys = prefix + layer, [f"{prefix}{layer}.weight", prefix + beside]
+    for row in (by_name("generic"), by_name("zimage")):
+        info = row.describe_file([layer], keys)[layer]
+        assert what in info.not_linear and bool(what) == bool(info.not_linear)
+        assert info.protected == (info.not_linear or row.describe(layer).protected)
+
+
 # --- shared inputs
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layers_that_share_an_input_have_the_same_width_and_are_complete(variant: str) -> None:

@@ -25,6 +25,14 @@ def browser_environment() -> dict[str, str]:
 
 
 @pytest.mark.core
+def test_words_reach_their_node_in_the_tab_that_asked(server: Server) -> None:
+    command = ["node", str(SCRIPTS / "check_words.mjs"), server.url]
+    done = subprocess.run(command, env=browser_environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log_tail()}"
+    lines = done.stdout.splitlines()
+    assert len(lines) == 20 and all(line.startswith("ok ") for line in lines), done.stdout
+
+
 def test_workflow_opens_runs_and_shows_its_result_in_both_renderers(server: Server, tmp_path: Path) -> None:
     environment = browser_environment()
     command = ["node", str(SCRIPTS / "check_workflow.mjs"), server.url, str(tmp_path)]

@@ -264,7 +264,7 @@ def test_another_models_file_is_refused(
     with torch.inference_mode():
         stranger = importlib.import_module("comfy.sd").load_diffusion_model(str(path))
     path.unlink()
-    message = r"taken\.calibration\.safetensors: holds the calibration of another model \(calibquant_digits_wan"
+    message = r"^the file holds the calibration of another model \(calibquant_digits_wan.*\(taken\.calibration\.safe"
     for _ in range(2):  # with the monitor in memory, then from the file
         with pytest.raises(Exception, match=message):
             monitor(pack, stranger, "taken", rows=0)
@@ -520,8 +520,13 @@ def test_cancelled_calibrate_keeps_finished_runs_on_disk(
 
     monkeypatch.setattr(sample, "prepare_noise", remember)
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", cancel_in_the_third_run)
+    told: list[str] = []
+    feedback = sys.modules[pack["CalibQuantCalibrate"].__module__].feedback
+    monkeypatch.setattr(feedback, "tell_kept", lambda _node, text: told.append(text))
     with pytest.raises(management.InterruptProcessingException):
         execute(pack["CalibQuantCalibrate"], model=model, conditioning=digits[1], **settings(samples=5))
+    where = "output/calibrations/unfinished/calibquant_digits_wan_00001_.calibration.safetensors"
+    assert told == [f"2 of 5 samples are in {where}"]
     (path,) = (comfy / "output" / "calibrations" / "unfinished").iterdir()
     assert path.name == "calibquant_digits_wan_00001_.calibration.safetensors"
     assert calibration.load(path).info["seeds"] == [50, 51]

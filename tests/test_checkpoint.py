@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -19,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from quant_core.errors import CalibQuantError
-from quant_core.files import checkpoint
+from quant_core.files import checkpoint, disk
 from quant_core.files.checkpoint import Checkpoint, TensorSpec, Writer, file_size
+from quant_core.files.text import change_of_size
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 REMEDY = r": [^:]*\b(download|give|save|convert|remove|name|check|make)\b[^:]*$"
@@ -63,6 +66,17 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "entry without offsets": (raw({"a": {"dtype": "F32", "shape": [2]}}), "header is damaged"),
     "unknown dtype": (raw({"a": A, "b": {**B, "dtype": "F3"}}), "tensor b has dtype F3"),
     "negative shape": (raw({"a": {**A, "shape": [-2]}}), "tensor a has a bad shape"),
+    "endless shape": (raw({"a": {**A, "shape": [10**18] * 100_000}, "b": B}), "tensor a has a bad shape"),
+    "immense shape": (
+        raw({"a": {**A, "shape": [10**18] * 9 + [0], "data_offsets": [0, 0]}}, b""),
+        "tensor a has 0 bytes",
+    ),
+    "true as a size": (raw({"a": {**A, "shape": [True, 2]}}), "tensor a has a bad shape"),
+    "endless number": (raw(b'{"a": {"dtype": "F32", "shape": [%s]}}' % (b"9" * 5000)), "a number of 5000 digits"),
+    "infinite number": (raw(b'{"a": {"dtype": "F32", "shape": [1e999]}}'), "a / shape / 0 is 1e999"),
+    "endless name": (raw({f"layers.{'9' * 5000}.w": A, "b": B}), "is no name of a tensor"),
+    "escape code in a name": (raw({"a\x1b[2J\n": A, "b": B}), "is no name of a tensor"),
+    "half a character": (raw({"\ud800": A, "b": B}), "surrogates"),
     "fractional shape": (raw({"a": {**A, "shape": [2.0]}}), "tensor a has a bad shape"),
     "size against shape": (raw({"a": {**A, "shape": [3]}, "b": B}), "tensor a has 8 bytes"),
     "overlap": (raw({"a": A, "b": {**B, "data_offsets": [4, 8]}}, bytes(8)), "tensor b overlaps"),
@@ -276,8 +290,21 @@ def read_only_folder() -> Iterator[Path]:
 
 
 def test_a_read_only_folder_is_named(read_only_folder: Path) -> None:
-    with pytest.raises(CalibQuantError, match=r"m\.safetensors\.partial: cannot be written: Permission denied"):
+    with pytest.raises(CalibQuantError, match=r"m\.safetensors: cannot be written: Permission denied"):
         write(read_only_folder / "m.safetensors")
+
+
+def test_a_folder_that_may_not_be_entered_is_named(read_only_folder: Path) -> None:
+    inside = read_only_folder / "closed"
+    os.seteuid(0) if os.getuid() == 0 else read_only_folder.chmod(0o755)
+    inside.mkdir(mode=0o600)
+    os.seteuid(65534) if os.getuid() == 0 else None
+    try:
+        for use in (write, Checkpoint):
+            with pytest.raises(CalibQuantError, match=r"m\.safetensors: cannot be reached: Permission denied"):
+                use(inside / "m.safetensors")
+    finally:
+        os.seteuid(0) if os.getuid() == 0 else inside.chmod(0o700)
 
 
 def test_a_tensor_that_is_not_as_announced_is_refused(tmp_path: Path) -> None:
@@ -292,6 +319,63 @@ def test_a_forgotten_tensor_is_refused(tmp_path: Path) -> None:
         with Writer(tmp_path / "m.safetensors", [TensorSpec("a", torch.uint8, (2,))], {}):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+# --- writer: nothing is lost
+
+
+@POSIX
+def test_a_link_at_any_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "m.safetensors"
+    precious.write_bytes(b"precious")
+    monkeypatch.setattr(disk.secrets, "token_hex", lambda n: "0" * 2 * n)
+    for name in ("m.safetensors.partial", f"m.safetensors.calibquant-{'0' * 16}.partial"):
+        (tmp_path / name).symlink_to(precious)
+    with pytest.raises(CalibQuantError, match=r"m\.safetensors: "):
+        write(path)
+    assert precious.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_source_named_like_a_temporary_file_stays(tmp_path: Path) -> None:
+    source = models.save(tmp_path / "m.safetensors.partial", TENSORS)
+    before = source.read_bytes()
+    write(tmp_path / "m.safetensors")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("links", [False, True], ids=["no hard links", "hard links"])
+def test_of_two_writers_one_wins_whole(
+    overwrite: bool, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:  # as on exFAT
+        monkeypatch.setattr(os, "link", refuse)
+    path, specs = tmp_path / "m.safetensors", [TensorSpec("a", torch.uint8, (1,))]
+    first, second = (Writer(path, specs, {}, overwrite) for _ in range(2))
+    with contextlib.nullcontext() if overwrite else pytest.raises(CalibQuantError, match="another run made it meanwh"):
+        with second:
+            second.write("a", torch.tensor([2], dtype=torch.uint8))
+            with first:
+                first.write("a", torch.tensor([1], dtype=torch.uint8))
+            assert Checkpoint(path).read("a").item() == 1
+    assert Checkpoint(path).read("a").item() == (2 if overwrite else 1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@POSIX
+def test_only_what_a_dead_run_left_for_this_target_is_removed(tmp_path: Path) -> None:
+    path, specs = tmp_path / "m.safetensors", [TensorSpec("a", torch.uint8, (1,))]
+    names = [f"{stem}.calibquant-{'0' * 16}.partial" for stem in ("m.safetensors", "n.safetensors", "m")]
+    names += ["m.safetensors.partial", "m.safetensors.calibquant-1.partial"]
+    for name in names:
+        (tmp_path / name).touch()
+    with Writer(tmp_path / "m.safetensors", specs, {}, overwrite=True) as at_work:
+        write(path)  # while another is at work
+        at_work.write("a", torch.ones(1, dtype=torch.uint8))
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, *names[1:]}
 
 
 # --- writer: interruptions
@@ -324,7 +408,8 @@ def test_kill_during_the_write_leaves_the_final_name_free(tmp_path: Path) -> Non
     with subprocess.Popen(models.python(WRITE_AND_WAIT, path), stdout=subprocess.PIPE, cwd=models.ROOT) as process:
         assert process.stdout and process.stdout.readline().strip() == b"half"
         process.kill()
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors.partial"]
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"m\.safetensors\.calibquant-[0-9a-f]{16}\.partial", left.name)
     write(path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
@@ -354,7 +439,7 @@ def test_a_disk_that_fills_up_leaves_nothing(sizes: tuple[int, ...], tmp_path: P
     done = subprocess.run(
         models.python(FILL_UP, tmp_path / "m.safetensors", *sizes), capture_output=True, text=True, cwd=models.ROOT
     )
-    assert re.fullmatch(r".*m\.safetensors(\.partial)?: cannot be written: File too large\n", done.stdout), done.stderr
+    assert re.fullmatch(r".*m\.safetensors: cannot be written: File too large\n", done.stdout), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -395,3 +480,8 @@ def test_memory_is_a_few_times_the_largest_tensor(tmp_path: Path) -> None:
     command = models.python(PEAK, small, large, "nvfp4")
     done = subprocess.run(command, capture_output=True, text=True, cwd=models.ROOT, check=True)
     assert int(done.stdout) < 5 * largest
+
+
+def test_two_sizes_have_one_unit() -> None:
+    assert change_of_size(150_000_000, 74_000_000) == "150.00 MB → 74.00 MB"
+    assert change_of_size(12_300_000_000, 3_460_000_000) == "12.30 GB → 3.46 GB"

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import models
@@ -17,7 +16,8 @@ import torch
 from comfy_env import SHIMS, find_comfyui, install_shims
 from keys import make_keys
 
-from quant_core import __version__, cli
+from quant_core import __version__, cli, jobs
+from quant_core.files import disk
 
 LAYER = "layers.0.attention.out"
 DEMO = models.ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
@@ -119,7 +119,7 @@ def test_convert_makes_a_file_that_can_be_inspected(
     old = models.save(tmp_path / "old.safetensors", model.tensors)
     out, _ = call(capsys, "convert", old, "-o", output)
     convolutions = sum(weight.dim() == 4 for weight in model.real.values())
-    assert f"{len(model.real) - convolutions} layers" in out and f"{convolutions} Conv weights in 16 bit" in out
+    assert f"{len(model.real) - convolutions} layers" in out and f"{convolutions} other weights in 16 bit" in out
     formats = json.loads(call(capsys, "inspect", output, "--json")[0])["formats"]
     assert formats["float8_e4m3fn"] == len(model.real) - convolutions
 
@@ -246,7 +246,7 @@ def test_a_nan_is_an_error_that_names_the_layer(
     tensors[f"{LAYER}.weight"][0, 0] = torch.nan
     path = models.save(tmp_path / "m.safetensors", tensors)
     _, err = call(capsys, "quantize", path, "-o", output, "--recipe", "mxfp8", code=1)
-    assert f"error: {path}: layer {LAYER}: the weight has 1 NaN values" in err.splitlines()[-1]
+    assert f"error: {path}: layer {LAYER}: the weight has 1 NaN value: " in err.splitlines()[-1]
     assert not output.exists()
 
 
@@ -257,6 +257,47 @@ def test_an_existing_output_needs_overwrite(file: Path, output: Path, capsys: py
     assert output.read_bytes() == b"precious"
     call(capsys, *command, "--overwrite")
     assert output.stat().st_size > 1000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX pipes")
+def test_a_pipe_is_no_file(file: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    for command in (["inspect", pipe], ["quantize", file, "-o", output, "--plan", pipe], ["calibration", "info", pipe]):
+        assert "is no regular file" in call(capsys, *command, code=1)[1]
+
+
+@pytest.mark.parametrize("length", [244, 300])
+def test_a_long_name_is_written_or_refused(
+    length: int, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits = length < 255
+    name = "n" * (length - len(".safetensors")) + ".safetensors"
+    _, err = call(capsys, "quantize", file, "-o", tmp_path / name, "--recipe", "fp8", code=0 if fits else 1)
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, *([name] if fits else [])}
+    assert fits or "File name too long" in err
+    call(capsys, "inspect", tmp_path / name, code=0 if fits else 1)
+
+
+def test_a_source_that_is_deleted_at_the_end_is_no_traceback(
+    file: Path, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish = disk.NewFile.publish
+    monkeypatch.setattr(disk.NewFile, "publish", lambda new, replace: (file.unlink(), publish(new, replace)))
+    call(capsys, "quantize", file, "-o", output, "--recipe", "fp8")
+    assert output.exists() and not file.exists()
+
+
+def test_what_a_header_claims_cannot_reach_the_terminal_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims = {"calibquant": json.dumps({"tool": "a\nb", "recipe": "\x1b[2J", "source": 5})}
+    path = models.save(tmp_path / "m.safetensors", models.zimage(), claims)
+    out, _ = call(capsys, "inspect", path)
+    assert out.splitlines()[-1] == r"made by a\nb, recipe \x1b[2J, from None (sha256 None)"
+    for text in ("[]", '"x"', "{", "[" * 100_000, '{"a": Infinity}'):
+        models.save(path, models.zimage(), {"calibquant": text})
+        assert "made by" not in call(capsys, "inspect", path)[0]
 
 
 def test_a_plan_is_not_written_over_the_model(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +329,13 @@ def test_cuda_without_cuda_is_an_error(file: Path, output: Path, capsys: pytest.
         ["plan", "m", "-o", "p", "--recipe", "fp8", "--base", "fp8"],
         ["plan", "m", "-o", "p", "--recipe", "fp8", "--exclude-layers", "x"],
         ["plan", "m", "-o", "p", "--base", "fp8", "--exclude-layers", "("],
+        ["plan", "m", "-o", "p", "--base", "fp8", "--custom-layers", "x"],
+        ["plan", "m", "-o", "p", "--keep-ratio", ".5", "--preset", "zimage"],
+        ["plan", "m", "-o", "", "--recipe", "fp8"],
+        ["quantize", "m", "-o", "o.safetensors", "--recipe", "fp8", "--rounding", "gptq"],
+        ["quantize", "m", "-o", "o.safetensors", "--plan", "p", "--exclude-layers", "x"],
+        ["quantize", "m", "-o", "o.safetensors", "--plan", "p", "--no-input-scale"],
+        ["calibration", "info", "c", "-o", "o.safetensors"],
         ["demo", "--seeds", "0"],
     ],
     ids=" ".join,
@@ -304,24 +352,60 @@ def test_wrong_usage(
 # --- exit code 130: interrupted
 
 
+# The command line, which stops in the middle of a layer and says so; further signals come while it cleans up.
+STOPS = """
+import os, pathlib, signal, sys, time
+from quant_core import cli
+from quant_core.rounding.choice import Rounder
+unlink = pathlib.Path.unlink
+def stop(*_):
+    print("begun", flush=True)
+    time.sleep(60)
+def disturbed(path, **options):
+    for number in (signal.SIGTERM, signal.SIGINT) * 3:
+        os.kill(os.getpid(), number)
+    unlink(path, **options)
+Rounder.round, pathlib.Path.unlink = stop, disturbed
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    tensors = {f"layers.{i}.attention.out.weight": torch.zeros(2048, 2048) for i in range(8)}
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT] * 10], ids=str)
+def test_an_interruption_leaves_nothing(numbers: list[signal.Signals], file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    path = models.save(tmp_path / "m.safetensors", tensors)
-    command = [sys.executable, "-m", "quant_core.cli", "quantize", path, "-o", folder / "o.safetensors"]
-    process = subprocess.Popen(
-        [*map(str, command), "--recipe", "nvfp4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=models.ROOT
-    )
-    while process.poll() is None and not list(folder.iterdir()):
-        time.sleep(0.002)
-    process.send_signal(number)
+    command = models.python(STOPS, "quantize", file, "-o", folder / "o.safetensors", "--recipe", "nvfp4")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=models.ROOT)
+    assert process.stdout and process.stdout.readline() == b"begun\n"
+    assert list(folder.glob("o.safetensors.calibquant-*.partial"))
+    for number in numbers:
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert out == b"" and err.splitlines()[-1] == b"interrupted; nothing was left behind"
+    assert out == b"" and err.strip() == b"interrupted: no unfinished file was left"
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 1), (KeyboardInterrupt, 130)])
+def test_what_was_not_verified_never_has_the_name(
+    error: type[BaseException] | None,
+    code: int,
+    file: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure(*_: object) -> float:
+        assert not output.exists()
+        if error:
+            raise error
+        return 0.5  # not what was reported
+
+    monkeypatch.setattr(jobs.verification, "layer_error", measure)
+    _, err = call(capsys, "quantize", file, "-o", output, "--recipe", "fp8", "--verify", code=code)
+    assert ("relative error 5.0000e-01" if code == 1 else "no unfinished file was left") in err
+    assert [path.name for path in output.parent.iterdir()] == [file.name]
 
 
 def test_a_reader_that_leaves_early_is_no_error(file: Path) -> None:

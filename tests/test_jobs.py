@@ -241,7 +241,7 @@ def test_a_bias_that_is_not_finite_is_named(output: Path, tmp_path: Path) -> Non
     key = "blocks.0.ffn.0.bias"
     tensors[key] = torch.zeros(128, dtype=torch.float16).index_fill(0, torch.tensor([1]), float("nan"))
     path = models.save(tmp_path / "m.safetensors", tensors)
-    message = f"{re.escape(str(path))}: layer {re.escape(key.removesuffix('.bias'))}: the bias has 1 NaN values"
+    message = f"{re.escape(str(path))}: layer {re.escape(key.removesuffix('.bias'))}: the bias has 1 NaN value: "
     with pytest.raises(CalibQuantError, match=message):
         quantize(path, "mxfp8", output)
     assert not output.exists()
@@ -330,7 +330,7 @@ def test_a_weight_that_is_not_finite_is_named(
     tensors = models.zimage()
     tensors[f"{LAYER}.weight"][3, 5] = value
     path = models.save(tmp_path / "m.safetensors", tensors)
-    assert refused(path, output, recipe).startswith(f"{path}: layer {LAYER}: the weight has 1 {kind} values")
+    assert refused(path, output, recipe).startswith(f"{path}: layer {LAYER}: the weight has 1 {kind} value: ")
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "mxfp8", "int8"])
@@ -371,7 +371,7 @@ def test_the_source_is_never_its_own_output(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_patch_of_another_model_is_refused(file: Path, output: Path) -> None:
-    with pytest.raises(CalibQuantError, match=r"has no tensor blocks\.0\.weight, which a LoRA patches"):
+    with pytest.raises(CalibQuantError, match=r"has no tensor blocks\.0\.weight, which the linked MODEL patches"):
         quantize(file, "mxfp8", output, merge={"blocks.0.weight": lambda w: w})
     assert not output.exists()
 
@@ -539,6 +539,18 @@ def test_convert_makes_convolutions_16_bit(tmp_path: Path, output: Path) -> None
         assert name.removesuffix(".weight") + ".scale" not in found
 
 
+def test_convert_makes_what_is_no_linear_16_bit(tmp_path: Path, output: Path) -> None:
+    experts = {f"layers.1.moe.{n}.weight": torch.full((32, 32), 0.5).half() for n in ("gate", "experts.0.w1")}
+    model = models.hswq(models.zimage() | experts)
+    done = jobs.convert(models.save(tmp_path / "m.safetensors", model.tensors), output)
+    assert done == {"layers": len(model.real) - 1, "convolutions": 1}
+    found = reference.File(output)
+    assert found.tensors["layers.1.moe.experts.0.w1.weight"].dtype == torch.float8_e4m3fn
+    assert "layers.1.moe.gate" not in found.configs()
+    assert torch.all(found.tensors["layers.1.moe.gate.weight"] == model.real["layers.1.moe.gate.weight"])
+    assert found.tensors["layers.1.moe.gate.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -580,7 +592,7 @@ def test_compare_reads_a_file_under_another_prefix(file: Path, output: Path, tmp
 
 def test_compare_refuses_another_model(file: Path, output: Path, tmp_path: Path) -> None:
     quantize(models.save(tmp_path / "wide.safetensors", models.zimage(dim=96)), "fp8", output)
-    with Source(file) as source, pytest.raises(CalibQuantError, match="the two files are of different models"):
+    with Source(file) as source, pytest.raises(CalibQuantError, match="or of another model"):
         jobs.compare(source, output)
 
 

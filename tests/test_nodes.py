@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import json
 import re
+import sys
 import time
 import urllib.request
 import uuid
@@ -148,11 +150,11 @@ def make_lora(path: Path, layers: list[str], seed: int = 3) -> dict[str, torch.T
     return deltas
 
 
-def load_with_lora(model_name: str, lora_name: str) -> Any:
+def load_with_lora(model_name: str, lora_name: str, strength: float = STRENGTH) -> Any:
     nodes = importlib.import_module("nodes")
     with torch.inference_mode():
         (model,) = nodes.UNETLoader().load_unet(model_name, "default")
-        (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, lora_name, STRENGTH)
+        (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, lora_name, strength)
     return patched
 
 
@@ -220,38 +222,84 @@ def test_model_of_another_file_is_one_clear_error(
     make_lora(comfy / "models" / "loras" / "last.safetensors", ["blocks.5.ffn.0"])
     linked = load_with_lora(MODEL, "last.safetensors")
     plan = make_plan(pack, "short.safetensors", "nvfp4")
-    with pytest.raises(
-        Exception, match=r"short\.safetensors: .*blocks\.5\.ffn\.0.*load the MODEL from the same file"
-    ) as e:
-        execute(
-            pack["CalibQuantQuantize"],
-            model_name="short.safetensors", plan=plan, filename_prefix="another/x", verify=True, model=linked,
-        )  # fmt: skip
-    assert type(e.value).__name__ == CalibQuantError.__name__ and "\n" not in str(e.value)
+    untold = linked.clone()
+    untold.cached_patcher_init = None  # as a loader of another pack may leave it
+    for model, message in (
+        (linked, rf"the linked MODEL was loaded from another file \({MODEL}\).* \(short\.safetensors\)$"),
+        (untold, r"blocks\.5\.ffn\.0.*load the MODEL from the same file \(short\.safetensors\)$"),
+    ):
+        with pytest.raises(Exception, match=message) as e:
+            save_model(pack, model, plan, "short.safetensors", "another/x")
+        assert type(e.value).__name__ == CalibQuantError.__name__ and "\n" not in str(e.value)
     assert not list((comfy / "output" / "diffusion_models" / "another").iterdir())
+
+
+def save_model(pack: dict[str, Any], model: Any, plan: Any, name: str = MODEL, prefix: str = "linked/x") -> Any:
+    inputs = {"model_name": name, "plan": plan, "filename_prefix": prefix, "verify": False, "model": model}
+    with torch.inference_mode():
+        return pack["CalibQuantQuantize"].PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(**inputs)
+
+
+def test_a_finetune_of_the_same_shapes_is_not_the_linked_model(
+    pack: dict[str, Any], comfy: Path, model_file: Callable[..., Path]
+) -> None:
+    tensors = load_file(DEMO)
+    model_file("tune.safetensors", {**tensors, "blocks.0.ffn.0.weight": tensors["blocks.0.ffn.0.weight"] * 2})
+    make_lora(comfy / "models" / "loras" / "tune.safetensors", LORA_LAYERS)
+    plain, patched = (load_with_lora("tune.safetensors", "tune.safetensors", n) for n in (0.0, STRENGTH))
+    assert not plain.patches and patched.patches
+    for model in (plain, patched):
+        with pytest.raises(Exception, match=rf"another file \(tune\.safetensors\).* \({MODEL}\)$"):
+            save_model(pack, model, make_plan(pack, MODEL, "nvfp4"))
+
+
+def test_a_quantized_linked_model_is_refused(pack: dict[str, Any], comfy: Path) -> None:
+    plan = make_plan(pack, MODEL, "nvfp4")
+    name = save_model(pack, None, plan, prefix="linked/small").result[0]
+    make_lora(comfy / "models" / "loras" / "on_small.safetensors", LORA_LAYERS)
+    linked = load_with_lora(name, "on_small.safetensors")
+    with pytest.raises(Exception, match=rf"another file \({Path(name).name}\).* \({MODEL}\)$"):
+        save_model(pack, linked, plan)
+    linked.cached_patcher_init = None
+    with pytest.raises(Exception, match=rf"the linked MODEL is quantized already.* \({MODEL}\)$"):
+        save_model(pack, linked, plan)
+
+
+def test_a_linked_model_without_a_file_is_compared_by_shapes_and_says_so(pack: dict[str, Any], comfy: Path) -> None:
+    make_lora(comfy / "models" / "loras" / "untold.safetensors", LORA_LAYERS)
+    linked, plan = load_with_lora(MODEL, "untold.safetensors"), make_plan(pack, MODEL, "fp8")
+    told = save_model(pack, linked, plan).ui.as_dict()["text"][0]
+    assert "baked in: what LoRA and merge nodes changed, 3 tensors" in told and "which file" not in told
+    linked.cached_patcher_init = None
+    assert "does not say which file it came from" in save_model(pack, linked, plan).ui.as_dict()["text"][0]
 
 
 def test_cancel_during_verify_leaves_nothing_behind(
     pack: dict[str, Any], comfy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    management, seen = importlib.import_module("comfy.model_management"), []
+    management, seen, told = importlib.import_module("comfy.model_management"), [], []
     folder = comfy / "output" / "diffusion_models" / "cancelled"
+    feedback = sys.modules[pack["CalibQuantQuantize"].__module__].feedback
 
     def cancel_once_written() -> None:
-        seen.extend(folder.glob("*.safetensors"))
-        if seen:
+        if told:
+            seen.extend(folder.iterdir())
             raise management.InterruptProcessingException
 
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", cancel_once_written)
+    monkeypatch.setattr(feedback, "show", lambda _, text: told.append(text) if text.startswith("verifying") else None)
     with pytest.raises(management.InterruptProcessingException):
         execute(
             pack["CalibQuantQuantize"],
             model_name=MODEL, plan=make_plan(pack, MODEL, "fp8"), filename_prefix="cancelled/x", verify=True,
         )  # fmt: skip
-    assert seen and not list(folder.iterdir())
+    assert [path.suffix for path in seen] == [".partial"] and not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("prefix", ["../outside", "a/../../outside", "", "name/.."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["../outside", "a/../../outside", "", "name/..", ".", "a/./b", "/etc/x", "a:b*?", "a\0b", "a\nb", "x" * 300],
+)
 def test_prefix_cannot_leave_the_output_folder(prefix: str, pack: dict[str, Any]) -> None:
     with pytest.raises(Exception, match=r"filename_prefix .* is no name inside output/diffusion_models"):
         execute(
@@ -294,6 +342,32 @@ def test_a_calibration_is_linked_once(pack: dict[str, Any]) -> None:
     words = {"model_name": MODEL, "filename_prefix": "test/once", "verify": False, "rounding": "gptq"}
     _, report = execute(pack["CalibQuantQuantize"], plan=plan, **words)
     assert {"gptq+bias"} <= {layer.rounding for layer in report.layers} and report.runs == 20
+
+
+def test_errors_are_in_the_nodes_words(pack: dict[str, Any]) -> None:
+    """Every message of the engine, and every node of the pack."""
+    words = importlib.import_module(
+        f"{pack['CalibQuantPlan'].__module__.rpartition('.')[0]}.comfyui.feedback"
+    ).node_words
+    raised = [text for path in (models.ROOT / "quant_core").rglob("*.py") for text in messages(path)]
+    assert len(raised) > 100
+    told = [words(f"/a folder/of mine/m.safetensors: {text}") for text in raised]
+    assert not [text for text in told if "--" in text or "/a folder" in text or not text.endswith("(m.safetensors)")]
+    assert words("/x/m.safetensors: is truncated: download it") == "the file is truncated: download it (m.safetensors)"
+    assert words("--keep-ratio 2: must lie between 0 and 1") == "keep_ratio 2: must lie between 0 and 1"
+    nodes = importlib.import_module(pack["CalibQuantPlan"].__module__.rpartition(".")[0]).NODES
+    assert all(hasattr(node.execute, "__wrapped__") for node in nodes)
+
+
+def messages(path: Path) -> Iterator[str]:
+    """The fixed words of what a module raises, {} for what it fills in."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            text = node.exc.args[0]
+            if isinstance(text, ast.Constant):
+                yield str(text.value)
+            elif isinstance(text, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in text.values)
 
 
 # --- through a real server
@@ -358,6 +432,37 @@ def test_wrong_value_is_refused_with_its_node(server: Server, node: str, name: s
     assert node in errors and name.split(".")[-1] in json.dumps(errors[node]["errors"])
 
 
+@pytest.mark.parametrize("value", ["nonsense", ["1", 0], 3])
+def test_unknown_strategy_is_one_clear_error(server: Server, value: object) -> None:
+    graph = quantize_graph()
+    graph["1"]["inputs"]["strategy"] = value
+    with pytest.raises(ServerError, match=r"strategy") as e:
+        server.post(graph)
+    assert "strategy is none of recipe, convert_to_quant" in str(e.value) or "prompt refused (400)" in str(e.value)
+
+
+def test_a_deleted_output_is_made_again(server: Server) -> None:
+    graph = quantize_graph(prefix="deleted/m")
+    load = {"calibration_name": "digits.calibration.safetensors"}
+    save = {"calibration": ["3", 0], "filename_prefix": "deleted/c", "merge_with": "none"}
+    graph["3"] = {"class_type": "CalibQuantLoadCalibration", "inputs": load}
+    graph["4"] = {"class_type": "CalibQuantSaveCalibration", "inputs": save}
+    folders = [server.output_dir / "diffusion_models" / "deleted", server.output_dir / "calibrations" / "deleted"]
+    server.post(graph)
+    server.post(graph)
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]  # nothing changed: nothing is done twice
+    for folder in folders:
+        next(folder.iterdir()).unlink()
+    server.post(graph)
+    server.post(graph)
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+    other = {**graph, "1": {**graph["1"], "inputs": {**graph["1"]["inputs"], "strategy.recipe": "fp8"}}}
+    server.post(other)
+    next(folders[0].glob("*_00001_*")).unlink()  # that of the other plan
+    server.post(other)
+    assert [path.name for path in folders[0].iterdir()] == ["m_00002_.safetensors"]
+
+
 def test_missing_plan_is_refused(server: Server) -> None:
     graph = quantize_graph()
     del graph["2"]["inputs"]["plan"]
@@ -368,7 +473,11 @@ def test_missing_plan_is_refused(server: Server) -> None:
 def failing_graphs() -> Iterator[tuple[str, Graph, str]]:
     prompt = {"class_type": "CalibQuantLoadPromptSet", "inputs": {"prompt_set": "digits.safetensors", "index": 10}}
     show = {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}
-    yield "index", {"1": prompt, "2": show}, r"digits\.safetensors: has 10 prompts: index 10 must be below that"
+    yield (
+        "index",
+        {"1": prompt, "2": show},
+        r"the file has 10 prompts: index 10 must be below that \(digits\.safetensors\)",
+    )
     graph = quantize_graph()
     words = {"base": "nvfp4", "custom_layers": "(", "custom_type": "mxfp8", "exclude_layers": ""}
     graph["1"]["inputs"] |= {"strategy": "convert_to_quant", **{f"strategy.{k}": v for k, v in words.items()}}
@@ -450,7 +559,10 @@ def test_template_help_and_script_are_served(server: Server) -> None:
     for name in shipped:
         assert _size(server, f"/api/workflow_templates/{PACK_NAME}/{name}.json") > 1000
         assert 1000 < _size(server, f"/api/workflow_templates/{PACK_NAME}/{name}.jpg") < 60_000
-    assert f"/extensions/{PACK_NAME}/calibquant.js" in server.get("/extensions")
+    served = [
+        path.rpartition("/")[2] for path in server.get("/extensions") if "CalibQuant" in path or "calibquant" in path
+    ]
+    assert sorted(served) == ["calibquant.js", "heatmap.js", "results.js"]  # each once
     for node_id in NODE_IDS:
         assert _size(server, f"/extensions/{PACK_NAME}/docs/{node_id}.md") > 500
 

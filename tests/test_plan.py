@@ -20,6 +20,7 @@ from keys import make_keys
 from quant_core import jobs
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import probe
+from quant_core.formats import FORMATS
 from quant_core.models.source import Source
 from quant_core.planning import convert_to_quant, plan, recipes, scoring
 from quant_core.planning.layout import predicted_size
@@ -94,6 +95,23 @@ def test_protected_layers_stay(recipe: str, file: Path) -> None:
         *("x_embedder", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
         *("final_layer.linear", "final_layer.adaLN_modulation.1"),
     }
+
+
+# A router beside its experts, and a table; both divide by everything.
+NO_LINEARS = {
+    f"{name}.weight": torch.ones(64, 64, dtype=torch.bfloat16)
+    for name in ("layers.1.moe.gate", "layers.1.moe.experts.0.w1", "style_embedder")
+}
+
+
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_what_is_no_linear_stays_even_where_a_rule_names_it(fmt: str, tmp_path: Path) -> None:
+    path = models.save(tmp_path / "m.safetensors", models.zimage() | NO_LINEARS)
+    named = recipes.Recipe("mine", "mine", "bf16", (recipes.Rule("moe|style_embedder", fmt, "mine"),))
+    made = make_plan(path, named).layers
+    assert made["layers.1.moe.experts.0.w1"].format == fmt
+    assert (made["layers.1.moe.gate"].format, made["style_embedder"].format) == ("bf16", "bf16")
+    assert "router" in made["layers.1.moe.gate"].reason and "embeddings" in made["style_embedder"].reason
 
 
 def test_convolutions_are_quantized_in_the_unscaled_dialect_only(tmp_path: Path) -> None:
@@ -217,11 +235,13 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
         ("layers.0.attention.out", "nvfp4", "layer layers.0.attention.out cannot be nvfp4: 64x48"),
         ("layers.0.attention.out", "mxfp8", "layer layers.0.attention.out cannot be mxfp8: 64x48"),
         ("patch.conv", "int8_tensorwise", "layer patch.conv cannot be int8_tensorwise: only 2-D"),
+        ("layers.1.moe.gate", "float8_e4m3fn", "layer layers.1.moe.gate cannot be float8_e4m3fn: router of a mixture"),
+        ("style_embedder", "int8_tensorwise", "layer style_embedder cannot be int8_tensorwise: table of embeddings"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_file_is_refused(layer: str, fmt: str, message: str, tmp_path: Path) -> None:
     odd = {"layers.0.attention.out.weight": torch.ones(64, 48), "patch.conv.weight": torch.ones(32, 32, 1, 1)}
-    path = models.save(tmp_path / "m.safetensors", models.zimage() | odd)
+    path = models.save(tmp_path / "m.safetensors", models.zimage() | odd | NO_LINEARS)
     with Source(path) as source:
         by_hand = Plan("zimage", "by hand", "m.safetensors", {layer: LayerPlan(fmt, "a wish")})
         with pytest.raises(CalibQuantError, match=f"^{re.escape(str(path))}: {message}"):

@@ -1,13 +1,19 @@
-"""ComfyUI's progress bar, its cancel, and text on a node while it works."""
+"""ComfyUI's progress bar, its cancel, text on a node while it works, and errors in a node's words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
+
+from ...quant_core.errors import CalibQuantError
 
 
 def progress(total_parts: int = 1) -> Callable[[int], Callable[[int, int, str], None]]:
@@ -28,9 +34,26 @@ def progress(total_parts: int = 1) -> Callable[[int], Callable[[int, int, str], 
 
 
 def show(node_id: str | None, text: str) -> None:
-    """Text on the node while it works: event ``calibquant.text`` {node, text}, drawn by js/calibquant.js."""
-    if node_id and PromptServer.instance is not None:
-        PromptServer.instance.send_sync("calibquant.text", {"node": node_id, "text": text})
+    """Text on the node while it works."""
+    _send(node_id, {"text": text})
+
+
+def tell_kept(node_id: str | None, text: str) -> None:
+    """What is left of work that is about to end early; the node shows it with its error or its cancel."""
+    _send(node_id, {"kept": text})
+
+
+def _send(node_id: str | None, words: dict[str, str]) -> None:
+    """Event ``calibquant.text`` {node, prompt_id, text | kept}, drawn by js/results.js in the page that queued it."""
+    running, context = server(), get_executing_context()
+    if node_id and running is not None:
+        about = {"node": node_id, "prompt_id": context.prompt_id if context else None}
+        running.send_sync("calibquant.text", {**about, **words}, running.client_id)
+
+
+def server() -> PromptServer | None:
+    """None where nodes are run without one: in tests and scripts."""
+    return getattr(PromptServer, "instance", None)
 
 
 def preview_progress(total: int) -> Callable[[int, Any], None]:
@@ -42,3 +65,37 @@ def preview_progress(total: int) -> Callable[[int, Any], None]:
         bar.update_absolute(done, total, preview)
 
     return update
+
+
+@contextlib.contextmanager
+def in_node_words() -> Iterator[None]:
+    """Errors of the engine, as a node says them; around a block of code or, as a decorator, a function."""
+    try:
+        yield
+    except CalibQuantError as error:
+        raise type(error)(node_words(str(error))) from error
+
+
+# How the problem of "FILE: problem: remedy" begins where the file is its subject.
+_SAYS_OF_THE_FILE = re.compile(r"(is|has|holds|exists|cannot|ends|mixes|needs) ")
+
+
+def node_words(message: str) -> str:
+    """The problem first, then the file's name without its folders; an option (--keep-ratio) as the input it is here.
+
+    A node shows few words at a time, and which file it is about is known there; paths also end up in shared pictures
+    of a graph. Inputs are named as the command line's options are.
+    """
+    file, problem = _split(message)
+    if file:
+        subject = "the file " if _SAYS_OF_THE_FILE.match(problem) else ""
+        problem = f"{subject}{problem} ({Path(file).name})"
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), problem)
+
+
+def _split(message: str) -> tuple[str, str]:
+    """(file, problem) of a message that begins with an absolute path, else ("", message)."""
+    ends = [match.start() for match in re.finditer(": ", message)]
+    paths = [message[:end] for end in ends if Path(message[:end]).is_absolute()]
+    file = next((path for path in paths if Path(path).exists()), paths[0] if paths else "")
+    return file, message[len(file) + 2 :] if file else message

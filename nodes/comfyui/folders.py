@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -15,6 +16,7 @@ PROMPT_SETS = "calibquant_promptsets"
 CALIBRATIONS = "calibquant_calibrations"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
+MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
 CHECKPOINTS = "checkpoints/"  # how an all-in-one checkpoint is told from a diffusion model in a list of both
 
 
@@ -56,7 +58,7 @@ def model_path(name: str) -> Path:
     if found is None and name.startswith(CHECKPOINTS):
         found = folder_paths.get_full_path("checkpoints", name.removeprefix(CHECKPOINTS))
     if found is None:
-        raise CalibQuantError(f"{name}: no such model: choose one from the list (press R to refresh it)")
+        raise CalibQuantError(f"there is no model {name}: choose one from the list (press R to refresh it)")
     return Path(found)
 
 
@@ -85,7 +87,7 @@ def prompt_set_names() -> list[str]:
 def prompt_set_path(name: str) -> Path:
     found = folder_paths.get_full_path(PROMPT_SETS, name)
     if found is None:
-        raise CalibQuantError(f"{name}: no such prompt set: choose one from the list")
+        raise CalibQuantError(f"there is no prompt set {name}: choose one from the list (press R to refresh it)")
     return Path(found)
 
 
@@ -102,7 +104,7 @@ def calibration_path(name: str) -> Path:
     """The file behind a name of :func:`calibration_names`."""
     found = folder_paths.get_full_path(CALIBRATIONS, name)
     if found is None:
-        raise CalibQuantError(f"{name}: no such calibration: choose one from the list (press R to refresh it)")
+        raise CalibQuantError(f"there is no calibration {name}: choose one from the list (press R to refresh it)")
     return Path(found)
 
 
@@ -113,37 +115,50 @@ def saved_calibration_path(name: str) -> Path:
 
 def new_calibration_path(prefix: str) -> Path:
     """A calibration's file name not yet taken in ComfyUI's output folder; its folder is made."""
-    _check_name("filename_prefix", prefix, "calibrations")
-    root = folder_paths.get_output_directory()
-    folder, stem, counter, _, _ = folder_paths.get_save_image_path(f"calibrations/{prefix}", root)
-    os.makedirs(folder, exist_ok=True)
-    return Path(folder) / f"{stem}_{counter:05}_{CALIBRATION_SUFFIX}"
+    return _numbered("calibrations", prefix, CALIBRATION_SUFFIX)[0]
 
 
 def _named(folder: str, name: str, suffix: str) -> Path:
     _check_name("name", name, folder)
     path = Path(folder_paths.get_output_directory(), folder, name.strip().removesuffix(suffix) + suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained("name", name, folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
+def _numbered(folder: str, prefix: str, suffix: str) -> tuple[Path, str]:
+    """A file not yet taken below a folder of ComfyUI's output folder, which is made; and its name below that folder."""
+    _check_name("filename_prefix", prefix, folder)
+    with _explained("filename_prefix", prefix, folder):
+        root = folder_paths.get_output_directory()
+        path, stem, counter, below, _ = folder_paths.get_save_image_path(f"{folder}/{prefix.strip()}", root)
+        os.makedirs(path, exist_ok=True)
+    name = f"{stem}_{counter:05}_{suffix}"
+    return Path(path) / name, str(Path(below).relative_to(folder) / name)
+
+
+@contextlib.contextmanager
+def _explained(what: str, name: str, folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise CalibQuantError(f"{what} {name!r} cannot be used in output/{folder}: {e.strerror}: use another") from e
+
+
 def _check_name(what: str, name: str, folder: str) -> None:
+    """CalibQuantError for a name that leaves the folder or that some system cannot have as a file's name."""
     parts = name.strip().replace("\\", "/").split("/")
-    if not all(parts) or ".." in parts or os.path.isabs(name.strip()) or ":" in name:
+    odd = any(c in '<>:"|?*' or c < " " or "\ud800" <= c <= "\udfff" for c in name)
+    if odd or not all(part.strip(". ") and len(part.encode()) <= MAX_NAME for part in parts):
         raise CalibQuantError(f"{what} {name!r} is no name inside output/{folder}: use one like calibquant/model")
 
 
 def output_path(prefix: str, model_name: str) -> tuple[Path, str]:
     """A file name not yet taken in ComfyUI's output folder, and the name under which a stock loader finds it."""
     kind = "checkpoints" if model_name.startswith(CHECKPOINTS) else "diffusion_models"
-    parts = prefix.replace("\\", "/").strip("/").split("/")
-    if not parts[-1] or ".." in parts:
-        raise CalibQuantError(
-            f"filename_prefix {prefix!r} is no name inside output/{kind}: use one like calibquant/model"
-        )
-    root = folder_paths.get_output_directory()
-    folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(f"{kind}/{prefix}", root)
-    os.makedirs(folder, exist_ok=True)
-    name = f"{stem}_{counter:05}_.safetensors"
-    inside = Path(subfolder).relative_to(kind) / name
-    return Path(folder) / name, str(inside)
+    return _numbered(kind, prefix, ".safetensors")
+
+
+def shown(path: Path) -> str:
+    """A file below ComfyUI's output folder, as the user finds it."""
+    return (Path("output") / path.relative_to(folder_paths.get_output_directory())).as_posix()

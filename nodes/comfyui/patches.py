@@ -41,8 +41,9 @@ def require_pre_quant_scale() -> None:
 def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Tensor], torch.Tensor]], str]:
     """The MODEL's patches as functions on the source file's float32 tensors, and a digest of them.
 
-    Raises CalibQuantError when the MODEL was not loaded from this file.
+    Raises CalibQuantError when the MODEL was not loaded from this file, patched or not.
     """
+    _check_origin(model, source)
     merge, digest = {}, hashlib.sha256()
     for key in sorted(model.patches):
         name = source.prefix + key.removeprefix(_MODEL_KEY)
@@ -50,13 +51,33 @@ def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Te
         expected = getattr(comfy.utils.get_attr(model.model, key), "shape", None) if entry else None
         if entry is None or tuple(expected or entry.shape) != entry.shape:
             raise CalibQuantError(
-                f"{source.path}: tensor {name}, which a LoRA of the linked MODEL patches, is not in this file: "
+                f"{source.path}: tensor {name}, which the linked MODEL patches, is not in this file: "
                 "load the MODEL from the same file"
             )
         merge[name] = _patcher(model.patches[key], key)
         digest.update(key.encode())
         _digest(digest, model.patches[key])
     return merge, digest.hexdigest() if merge else ""
+
+
+def leaves_trail(model: Any) -> bool:
+    """Whether the MODEL says which file it was loaded from. Of one that does not, only names and shapes are known."""
+    return bool(_source_of(model))
+
+
+def _check_origin(model: Any, source: Source) -> None:
+    trail = _source_of(model)
+    if trail and trail["source_fingerprint"] != source.checkpoint.fingerprint():
+        raise CalibQuantError(
+            f"{source.path}: the linked MODEL was loaded from another file ({trail['source_file']}): choose the same "
+            "file in both nodes"
+        )
+    if not trail and not source.dialect and _is_quantized(model):
+        raise CalibQuantError(f"{source.path}: the linked MODEL is quantized already: load it from this file")
+
+
+def _is_quantized(model: Any) -> bool:
+    return any(isinstance(p, comfy.quant_ops.QuantizedTensor) for p in model.model.diffusion_model.parameters())
 
 
 def _patcher(patches: list[Any], key: str) -> Callable[[torch.Tensor], torch.Tensor]:

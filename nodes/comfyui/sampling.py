@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from ...quant_core.errors import CalibQuantError
 from ...quant_core.evidence.collector import Collector
 from ...quant_core.evidence.watch import watch
+from . import feedback
 
 _WRAPPER = "calibquant"
 
@@ -64,9 +65,10 @@ def _around_sampling(observer: Observer, collectors: list[Collector]) -> Callabl
         collectors.append(observer.start(_describe_run(executor, args, kwargs)))
         try:
             others = [each.model.diffusion_model for each in patcher.get_additional_models_with_key("multigpu")]
-            with watch(patcher.model.diffusion_model, collectors[-1], *others):
-                result = executor(*args, **kwargs)
-            observer.finish()
+            with feedback.in_node_words():  # the sampler's node is not one of ours
+                with watch(patcher.model.diffusion_model, collectors[-1], *others):
+                    result = executor(*args, **kwargs)
+                observer.finish()
         except BaseException:  # a cancel is no Exception
             observer.drop()
             raise

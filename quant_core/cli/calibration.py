@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
+from .options import path
 
 if TYPE_CHECKING:
     pass
@@ -17,14 +17,14 @@ HELP = "what is in a calibration file; merge several"
 def run(args: argparse.Namespace) -> None:
     from ..evidence import calibration
 
+    if args.action == "info" and (len(args.files) > 1 or args.output or args.overwrite):
+        raise OptionError("calibration info takes one FILE and no -o")
+    if args.action == "merge" and args.output is None:
+        raise OptionError("calibration merge needs -o OUT.safetensors")
     loaded = [calibration.load(file) for file in args.files]
     if args.action == "info":
-        if len(loaded) > 1:
-            raise OptionError("calibration info takes one FILE")
         print(calibration.describe(loaded[0]))
         return
-    if args.output is None:
-        raise OptionError("calibration merge needs -o OUT.safetensors")
     merged = loaded[0]
     for other in loaded[1:]:
         merged = calibration.merge(merged, other)
@@ -34,6 +34,6 @@ def run(args: argparse.Namespace) -> None:
 
 def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("action", choices=["info", "merge"])
-    c.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    c.add_argument("-o", "--output", type=Path, metavar="OUT.safetensors", help="of merge")
+    c.add_argument("files", type=path, nargs="+", metavar="FILE")
+    c.add_argument("-o", "--output", type=path, metavar="OUT.safetensors", help="of merge")
     c.add_argument("--overwrite", action="store_true", help="replace an existing output")

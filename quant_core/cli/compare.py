@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import decision
 from .bar import Bar
+from .options import path
 
 if TYPE_CHECKING:
     from ..reports.report import Report
@@ -16,9 +16,9 @@ HELP = "per-layer weight error of a finished file, worst first"
 
 
 def options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("source", type=Path)
-    c.add_argument("quant", type=Path)
-    c.add_argument("--calibration", type=Path, metavar="C", help="also measure outputs, on the rows sampled in C")
+    c.add_argument("source", type=path)
+    c.add_argument("quant", type=path)
+    c.add_argument("--calibration", type=path, metavar="C", help="also measure outputs, on the rows sampled in C")
     c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
     c.add_argument("--json", action="store_true", help="print the report as one JSON document")
 

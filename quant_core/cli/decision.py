@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CalibQuantError, OptionError
 from .bar import Bar
-from .options import number, regex
+from .options import number, path, regex
 
 if TYPE_CHECKING:
     from ..evidence.calibration import Calibration
@@ -26,7 +25,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     from ..planning import convert_to_quant, recipes, rotation
 
     c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
-    c.add_argument("--calibration", type=Path, metavar="C", help="a *.calibration.safetensors of this model")
+    c.add_argument("--calibration", type=path, metavar="C", help="a *.calibration.safetensors of this model")
     c.add_argument("--no-input-scale", action="store_true", help="leave activation scales to the loader")
     c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
     c.add_argument("--pre-quant-scale", action="store_true", help=SMOOTHING_HELP)
@@ -44,6 +43,12 @@ def add_options(c: argparse.ArgumentParser) -> None:
     group.add_argument("--custom-type", choices=list(convert_to_quant.TYPES))
     group.add_argument("--exclude-layers", type=regex, metavar="REGEX", help="left in the source dtype")
     group.add_argument("--preset", choices=list(convert_to_quant.PRESETS), action="append", default=[])
+
+
+def words_of_base(args: argparse.Namespace) -> list[str]:
+    """Those of convert_to_quant's options that were given and mean nothing without --base."""
+    names = ("custom_layers", "custom_type", "exclude_layers", "preset")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 def make_plan(source: Source, args: argparse.Namespace) -> Plan:
@@ -82,11 +87,12 @@ def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | No
     if args.calibration is None:
         return None
     loaded = calibration.load(args.calibration)
+    recipes.check_widths(source, loaded)
     try:
         recipes.check_calibration(source, loaded)
     except CalibQuantError as e:
         if not args.force_calibration:
-            raise
+            raise CalibQuantError(f"{e}, or insist with --force-calibration") from e
         print(f"warning: {e}; going on because of --force-calibration", file=sys.stderr)
     return loaded
 
@@ -94,6 +100,8 @@ def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | No
 def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Calibration | None) -> Plan:
     from ..planning import recipes
 
+    if words_of_base(args) and (not args.base or args.keep_ratio is not None):
+        raise OptionError(f"{words_of_base(args)[0]} goes with --base alone")
     if args.recipe in HSWQ:
         if calibration is None:
             raise OptionError(f"--recipe {args.recipe} needs --calibration C")
@@ -105,8 +113,6 @@ def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Ca
     if args.percentiles or args.keep_ratio is not None:
         return _plan_from_probe(source, args)
     if args.recipe:
-        if args.custom_layers or args.custom_type or args.exclude_layers or args.preset:
-            raise OptionError("--custom-layers, --exclude-layers and --preset go with --base, not with --recipe")
         recipe = recipes.by_recipe_name(args.recipe)
     else:
         recipe = recipes.from_convert_to_quant(
@@ -122,11 +128,14 @@ def _plan_from_probe(source: Source, args: argparse.Namespace) -> Plan:
     from ..evidence import probe
     from ..planning import convert_to_quant, recipes, scoring
 
+    options = scoring.defaults(source.architecture.name)
+    if args.keep_ratio is not None:
+        scoring.check_ratio(args.keep_ratio)
+    else:
+        options = replace(options, fp8_percentile=args.percentiles[0], keep_percentile=args.percentiles[1])
+        scoring.check(source.architecture.name, options)
     with Bar("probe") as bar:
         probed = probe.probe(args.file, args.architecture, progress=bar)
     if args.keep_ratio is not None:
-        base = convert_to_quant.TYPES[args.base or "nvfp4"]
-        return recipes.keep_worst(source, probed, args.keep_ratio, base)
-    fp8, keep = args.percentiles
-    options = replace(scoring.defaults(probed.architecture), fp8_percentile=fp8, keep_percentile=keep)
+        return recipes.keep_worst(source, probed, args.keep_ratio, convert_to_quant.TYPES[args.base or "nvfp4"])
     return recipes.by_score(source, probed, options)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import positive
+from .options import path, positive
 
 if TYPE_CHECKING:
     pass
@@ -15,7 +15,7 @@ HELP = "the whole job on the model that ships with the pack"
 
 
 def options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("--out", type=Path, default=Path("calibquant-demo"), metavar="DIR")
+    c.add_argument("--out", type=path, default=Path("calibquant-demo"), metavar="DIR")
     c.add_argument("--seeds", type=positive, default=2, help="seeds per digit when a ComfyUI is found (default 2)")
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from ..errors import printable
 from ..files.text import gigabytes
-
-if TYPE_CHECKING:
-    pass
+from .options import path
 
 HELP = "what a file is: architecture, layers, formats, bytes, provenance"
 
 
 def options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("file", type=Path)
+    c.add_argument("file", type=path)
     c.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -35,6 +33,11 @@ def run(args: argparse.Namespace) -> None:
     print("2-D weights: " + ", ".join(f"{n} {fmt}" for fmt, n in info["formats"].items()))
     print("bytes: " + ", ".join(f"{dtype} {gigabytes(n)}" for dtype, n in info["dtypes"].items()))
     if info["provenance"]:
-        made = info["provenance"]
-        source = made["source"]
-        print(f"made by {made['tool']}, recipe {made['recipe']}, from {source['file']} (sha256 {source['sha256']})")
+        print(printable(_made_by(info["provenance"])))
+
+
+def _made_by(provenance: dict[str, Any]) -> str:
+    """What a header claims, whatever it claims."""
+    tool, recipe, source = (provenance.get(name) for name in ("tool", "recipe", "source"))
+    source = source if isinstance(source, dict) else {}
+    return f"made by {tool}, recipe {recipe}, from {source.get('file')} (sha256 {source.get('sha256')})"

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
+
+
+def path(text: str) -> Path:
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("is no name of a file or folder")
+    return Path(text)
 
 
 def number(text: str) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files.text import gigabytes
+from ..files.text import change_of_size
 from . import decision
+from .options import path
 
 if TYPE_CHECKING:
     from ..models.source import Source
@@ -17,9 +17,9 @@ HELP = "decide a format per layer, with reasons and the exact size"
 
 
 def options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("file", type=Path)
+    c.add_argument("file", type=path)
     decision.add_options(c)
-    c.add_argument("-o", "--output", type=Path, required=True, metavar="PLAN.json")
+    c.add_argument("-o", "--output", type=path, required=True, metavar="PLAN.json")
     c.add_argument("--print-convert-to-quant", action="store_true", help="also print convert_to_quant's command")
 
 
@@ -41,5 +41,5 @@ def _plan_text(made: Plan, source: Source) -> str:
     from ..formats import title
 
     counts = ", ".join(f"{n} {title(fmt)}" for fmt, n in made.count().items())
-    sizes = f"{gigabytes(source.checkpoint.nbytes())} -> {gigabytes(made.size)}"
+    sizes = change_of_size(source.checkpoint.nbytes(), made.size)
     return f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"

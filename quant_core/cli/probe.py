@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bar import Bar
-from .options import above_zero, number
+from .options import above_zero, number, path
 
 if TYPE_CHECKING:
     from ..planning.scoring import ScoreOptions
@@ -19,9 +18,9 @@ HELP = "statistics of the weights and the measured error of every format"
 def options(c: argparse.ArgumentParser) -> None:
     from ..models.architectures import ARCHITECTURES
 
-    c.add_argument("file", type=Path)
-    c.add_argument("--csv", type=Path, metavar="P", help="write a table, one row per layer")
-    c.add_argument("--json", type=Path, metavar="P", help="write everything as one JSON document")
+    c.add_argument("file", type=path)
+    c.add_argument("--csv", type=path, metavar="P", help="write a table, one row per layer")
+    c.add_argument("--json", type=path, metavar="P", help="write everything as one JSON document")
     c.add_argument("--model", choices=[a.name for a in ARCHITECTURES], help="overrules the detected model family")
     c.add_argument("--compat", choices=["quant_probe"], help="decide as that tool does, its defects included")
     c.add_argument("--outlier-sigma", type=above_zero, default=3.0, help="what counts as an outlier (default 3)")
@@ -52,12 +51,14 @@ def _score_options(c: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..evidence import probe
     from ..files.text import write_text
+    from ..models.modelfile import ModelFile
     from ..planning import scoring
     from ..reports import probe_report
 
+    with ModelFile(args.file, args.model) as model:  # before the reading: a slip is told at once
+        options = _scoring(args, model.architecture.name)
     with Bar("probe") as bar:
         probed = probe.probe(args.file, args.model, args.outlier_sigma, progress=bar)
-    options = _scoring(args, probed.architecture)
     scored = scoring.decide(probed, options, compat=args.compat is not None)
     known = probed.architecture in scoring.DEFAULTS and not args.compat
     theirs = scoring.decide(probed, options, compat=True) if known else None
@@ -77,5 +78,5 @@ def _scoring(args: argparse.Namespace, architecture: str) -> ScoreOptions:
     if "spread_filter_exempt" in given:
         given["spread_filter_exempt"] = tuple(given["spread_filter_exempt"])
     options = replace(scoring.defaults(architecture), **given)
-    options.check()
+    scoring.check(architecture, options, compat=args.compat is not None)
     return options

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from . import decision
 from .bar import Bar
+from .options import path
 
 if TYPE_CHECKING:
     pass
@@ -23,9 +23,9 @@ WITHOUT_CALIBRATION = (
 
 
 def options(c: argparse.ArgumentParser) -> None:
-    c.add_argument("file", type=Path)
-    c.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
-    c.add_argument("--plan", type=Path, metavar="PLAN.json", help="a plan made by `calibquant plan`")
+    c.add_argument("file", type=path)
+    c.add_argument("-o", "--output", type=path, required=True, metavar="OUT.safetensors")
+    c.add_argument("--plan", type=path, metavar="PLAN.json", help="a plan made by `calibquant plan`")
     decision.add_options(c)
     c.add_argument("--rounding", choices=["auto", "nearest", "search", "gptq"], default="auto", help=ROUNDING_HELP)
     c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -42,8 +42,10 @@ def run(args: argparse.Namespace) -> None:
     decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None
     if bool(args.plan) == bool(decided):
         raise OptionError("give --plan PLAN.json, or --recipe NAME (one of the two)")
-    if args.plan and args.pre_quant_scale:
-        raise OptionError("--pre-quant-scale is for making a plan: give it to `calibquant plan`")
+    making = decision.words_of_base(args) + ["--pre-quant-scale"] * args.pre_quant_scale
+    making += ["--no-input-scale"] * args.no_input_scale
+    if args.plan and making:
+        raise OptionError(f"{making[0]} is for making a plan: give it to `calibquant plan`")
     with Source(args.file, args.architecture) as source:
         made = plan.load(args.plan) if args.plan else decision.make_plan(source, args)
         decision.check_core(made)
@@ -59,11 +61,9 @@ def run(args: argparse.Namespace) -> None:
                 device=args.device,
                 calibration=seen,
                 rounding=args.rounding,
+                verify=args.verify,
                 progress=bar,
             )
-        if args.verify:
-            with Bar("verify") as bar:
-                jobs.verify(source, report, progress=bar)
     if args.json:
         print(report.to_json(), end="")
     else:

@@ -99,8 +99,7 @@ def _quantize(source: Source, recipe: recipes.Recipe, seen: Calibration | None, 
     rounding = "nearest" if seen is None else "gptq"
     name = recipe.name if seen is None else f"{recipe.name}-{rounding}"
     path = out / f"digits-{name}.safetensors"
-    report = jobs.quantize(source, plan, path, overwrite=True, calibration=seen, rounding=rounding)
-    jobs.verify(source, report)
+    report = jobs.quantize(source, plan, path, overwrite=True, calibration=seen, rounding=rounding, verify=True)
     layers = ", ".join(f"{n} {title(fmt)}" for fmt, n in report.count().items())
     return Row(name, path, report.bytes_after, layers, report.mean_error(), needs=tuple(targets.needs(plan)))
 

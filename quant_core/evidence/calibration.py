@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import CalibQuantError
+from ..errors import CalibQuantError, printable
 from ..files.checkpoint import Checkpoint, TensorSpec, Writer
+from ..files.text import parse_json
 
 FORMAT_VERSION = 3  # 1 had no input_mean, 2 no row_runs
 READABLE = (2, 3)
@@ -110,7 +112,7 @@ def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
     layers = {name: _merge_stats(a.layers.get(name), b.layers.get(name)) for name in {**a.layers, **b.layers}}
     merged = {name: _merge_rows(a, b, name, rows) for name in {**a.rows, **b.rows}}
     info = {**b.info, **a.info}
-    lists = {name for name, value in a.info.items() if isinstance(value, list) and name in b.info}
+    lists = {name for name, value in a.info.items() if isinstance(value, list) and isinstance(b.info.get(name), list)}
     info |= {name: a.info[name] + [v for v in b.info[name] if v not in a.info[name]] for name in lists}
     info["rows"] = rows
     info["runs"] = a.info.get("runs", []) + b.info.get("runs", [])
@@ -175,41 +177,104 @@ def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:
-    """Read a calibration file; CalibQuantError when it is none."""
+    """Read and check a calibration file; CalibQuantError when it is none, or names the layer that is damaged."""
     with Checkpoint(path) as file:
+        problem, remedy = f"{file.path}: is no calibration of this tool", "calibrate again"
+        info = parse_json(file.metadata.get(METADATA_KEY, "null"), problem, remedy)
+        info = {k: v for k, v in info.items() if v is not None} if isinstance(info, dict) else info
+        version = info.get("format_version") if isinstance(info, dict) else None
+        if isinstance(version, int) and version not in READABLE:
+            raise CalibQuantError(
+                f"{file.path}: is a calibration of format version {version}, not {FORMAT_VERSION}: {remedy}"
+            )
         try:
-            info = json.loads(file.metadata[METADATA_KEY])
-            groups = info.pop("groups")
-            version = info["format_version"]
-            if version not in READABLE:
-                raise CalibQuantError(
-                    f"{file.path}: is a calibration of format version {version}, not {FORMAT_VERSION}: calibrate again"
-                )
+            groups = _check_info(info)
             layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
-            if not all(isinstance(run, str) for run in info.get("runs", [])):
-                raise TypeError("runs")
-            names = {stats.group for stats in layers.values() if f"{stats.group}.rows" in file.entries}
-            rows = {name: _load_rows(file, name, len(info.get("runs", []))) for name in sorted(names)}
-        except (KeyError, ValueError, TypeError, AttributeError) as e:
-            raise CalibQuantError(f"{file.path}: is no calibration of this tool ({e!r}): calibrate again") from e
-    return Calibration(layers, rows, info)
+            runs = len(info.get("runs", []))
+            rows = {name: _load_rows(file, name, layers, runs) for name in sorted(set(groups.values()))}
+        except _DamageError as e:
+            raise CalibQuantError(f"{problem}: {e}: {remedy}") from e
+    return Calibration(layers, {name: sample for name, sample in rows.items() if sample is not None}, info)
 
 
-def _load_rows(file: Checkpoint, name: str, runs: int) -> Rows:
-    rows, keys = file.read(f"{name}.rows"), file.read(f"{name}.row_keys").numpy()
-    if f"{name}.row_runs" not in file.entries:
-        return Rows(rows, keys, np.full(len(keys), UNKNOWN, np.int32))
-    of = file.read(f"{name}.row_runs").numpy()
-    if of.shape != keys.shape or not ((of >= UNKNOWN) & (of < runs)).all():
-        raise ValueError(f"{name}.row_runs")
-    return Rows(rows, keys, of)
+class _DamageError(Exception):
+    """What is wrong with a calibration file."""
+
+
+# What the header says beside the groups: name -> kind. All may be missing; what else is there is carried along.
+_INFO = {
+    "architecture": str, "source_file": str, "source_fingerprint": str, "rows": int, "cond_rows": int,
+    "uncond_rows": int, "runs": list, "sigmas": dict,
+}  # fmt: skip
+
+
+def _check_info(info: Any) -> dict[str, str]:
+    """The groups, taken out of the header's JSON once all of it is of the right kind."""
+    if not isinstance(info, dict) or info.get("format_version") not in READABLE:
+        raise _DamageError("its header has no format version")
+    for name, kind in _INFO.items():
+        value = info.get(name, kind())
+        if type(value) is not kind or (kind is int and value < 0):
+            raise _DamageError(f"{name} in its header is {value!r:.40}")
+    if not all(type(n) is int and n >= 0 for n in info.get("sigmas", {}).values()):
+        raise _DamageError("sigmas in its header must be counts")
+    if not all(isinstance(run, str) for run in info.get("runs", [])):
+        raise _DamageError("runs in its header must be names")
+    groups = info.pop("groups", None)
+    if not isinstance(groups, dict) or not all(isinstance(g, str) and g in groups for g in groups.values()):
+        raise _DamageError("its header does not say which layers share an input")
+    return groups
 
 
 def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:
-    vectors = {key: file.read(f"{name}.{key}") for key in _VECTORS}
-    count, calls = (int(file.read(f"{name}.{key}")) for key in ("count", "calls"))
-    mean, sqmean = (float(file.read(f"{name}.{key}")) for key in ("output_mean", "output_sqmean"))
-    return LayerStats(group, count, calls, output_mean=mean, output_sqmean=sqmean, **vectors)
+    vectors = {key: _read(file, f"{name}.{key}", "F32", 1) for key in _VECTORS}
+    count, calls = (int(_read(file, f"{name}.{key}", "I64", 0)) for key in ("count", "calls"))
+    mean, sqmean = (float(_read(file, f"{name}.{key}", "F64", 0)) for key in ("output_mean", "output_sqmean"))
+    stats = LayerStats(group, count, calls, output_mean=mean, output_sqmean=sqmean, **vectors)
+    for side in ("input_", "output_channel_"):
+        if len({len(vector) for key, vector in vectors.items() if key.startswith(side)}) != 1:
+            raise _DamageError(f"layer {name}: its {side}… tensors differ in length")
+    for key in ("input_absmean", "input_sqmean", "input_amax", "output_channel_sqmean"):
+        if (vectors[key] < 0).any():
+            raise _DamageError(f"layer {name}: {key} has negative values")
+    if min(count, calls) < 1 or sqmean < 0:
+        raise _DamageError(f"layer {name}: {count} rows of {calls} calls with a mean square of {sqmean:g}")
+    return stats
+
+
+def _load_rows(file: Checkpoint, group: str, layers: Mapping[str, LayerStats], runs: int) -> Rows | None:
+    """The rows that the layers of one group share; None where none were sampled."""
+    if f"{group}.rows" not in file.entries:
+        return None
+    rows, keys = _read(file, f"{group}.rows", "BF16", 2), _read(file, f"{group}.row_keys", "F64", 1)
+    if len(rows) != len(keys):
+        raise _DamageError(f"layer {group}: {len(rows)} rows and {len(keys)} keys of rows")
+    for name, stats in layers.items():
+        if stats.group == group and len(stats.input_amax) != rows.shape[1]:
+            raise _DamageError(
+                f"layer {name}: saw inputs of {len(stats.input_amax)} channels, its rows have {rows.shape[1]}"
+            )
+    if f"{group}.row_runs" not in file.entries:
+        return Rows(rows, keys.numpy(), np.full(len(keys), UNKNOWN, np.int32))
+    of = _read(file, f"{group}.row_runs", "I32", 1).numpy()
+    if len(of) != len(keys) or not ((of >= UNKNOWN) & (of < runs)).all():
+        raise _DamageError(f"layer {group}: its rows name runs that are not in the header")
+    return Rows(rows, keys.numpy(), of)
+
+
+def _read(file: Checkpoint, key: str, dtype: str, rank: int) -> torch.Tensor:
+    """A finite tensor of this dtype and rank, not empty (but for rows: a sample may be)."""
+    layer, _, name = key.rpartition(".")
+    entry = file.entries.get(key)
+    if entry is None:
+        raise _DamageError(f"layer {layer}: {name} is missing")
+    empty = 0 in entry.shape[-1:] and name not in ("row_keys", "row_runs")
+    if entry.dtype != dtype or len(entry.shape) != rank or empty:
+        raise _DamageError(f"layer {layer}: {name} is {entry.dtype} {list(entry.shape)}")
+    tensor = file.read(key)
+    if not tensor.isfinite().all():
+        raise _DamageError(f"layer {layer}: {name} has NaN or Inf values")
+    return tensor
 
 
 def describe(calibration: Calibration) -> str:
@@ -220,8 +285,8 @@ def describe(calibration: Calibration) -> str:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), []).append(stats)
     head = f"{'layers':<44}{'n':>4}{'rows seen':>12}{'amax':>11}{'worst/median':>14}{'output var.':>13}"
     lines = [
-        f"{info.get('source_file', 'unknown source')}: {info.get('architecture', 'unknown family')}, "
-        f"{len(calibration.layers)} layers, {len(info.get('runs', []))} runs",
+        printable(f"{info.get('source_file', 'unknown source')}: {info.get('architecture', 'unknown family')}, ")
+        + f"{len(calibration.layers)} layers, {len(info.get('runs', []))} runs",
         f"sigmas {len(info.get('sigmas', {}))}, cond rows {info.get('cond_rows', 0)}, uncond rows "
         f"{info.get('uncond_rows', 0)}, sampled rows {sum(len(r.keys) for r in calibration.rows.values())}",
         head,

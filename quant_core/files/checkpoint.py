@@ -5,7 +5,6 @@ Own writer, because safetensors' wants every tensor in memory at once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import CalibQuantError
+from .disk import NewFile, check_output, reason
 from .header import MAX_HEADER, Headers
 
 # Name in the header -> torch dtype.
@@ -98,7 +98,7 @@ class Hasher:
         """Waits; 64 hex digits."""
         self._thread.join()
         if self._error:
-            raise CalibQuantError(f"{self._error.filename}: cannot be read: {self._error.strerror}")
+            raise CalibQuantError(f"{self._error.filename}: cannot be read: {reason(self._error)}")
         return self._digest.hexdigest()
 
     def cancel(self) -> None:
@@ -121,7 +121,7 @@ def make_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tup
             "data_offsets": [position, position + spec.nbytes],
         }
         position += spec.nbytes
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER:
         raise CalibQuantError(f"the header would have {len(raw)} bytes, more than the format's {MAX_HEADER}")
@@ -136,10 +136,10 @@ def file_size(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> int:
 
 
 class Writer:
-    """Writes ``OUT.partial`` tensor by tensor and renames it to ``OUT`` on success; use as a context manager.
+    """Writes tensor by tensor under a temporary name and renames on success (``NewFile``); use as a context manager.
 
-    Leaving the block with an exception (a cancel included) removes the partial file; after a kill it stays
-    behind under its own name, and the next run replaces it. The final name never holds an unfinished file.
+    Leaving the block with an exception (a cancel included) removes the temporary file; what a killed run leaves is
+    removed by the next one. The final name never holds an unfinished file.
     """
 
     def __init__(
@@ -150,16 +150,17 @@ class Writer:
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._overwrite = overwrite
         self._specs = {spec.name: spec for spec in specs}
         self._header, self._offsets = make_header(self._specs.values(), metadata)
         self._missing = set(self._specs)
         check_target(self.path, self.size, overwrite)
+        self._new = NewFile(self.path)
         try:
-            self._file = open(self.partial, "wb")
-        except OSError as e:
-            raise CalibQuantError(f"{self.partial}: cannot be written: {e.strerror}") from e
-        self._put(0, [self._header])
+            self._put(0, [self._header])
+        except BaseException:
+            self._new.discard()
+            raise
 
     @property
     def size(self) -> int:
@@ -189,63 +190,39 @@ class Writer:
 
     def _put(self, offset: int, chunks: Iterable[bytes | memoryview]) -> None:
         try:
-            self._file.seek(offset)  # writes what is buffered, so a full disk may show here
+            self._new.file.seek(offset)  # writes what is buffered, so a full disk may show here
             for chunk in chunks:
-                self._file.write(chunk)
+                self._new.file.write(chunk)
         except OSError as e:
-            self.abort()
-            raise CalibQuantError(f"{self.partial}: cannot be written: {e.strerror}") from e
+            raise CalibQuantError(f"{self.path}: cannot be written: {reason(e)}") from e
 
-    def commit(self) -> None:
+    def finished(self) -> Path:
+        """The complete file under its temporary name, to be checked before it gets its own."""
         if self._missing:
             raise CalibQuantError(f"{self.path}: {len(self._missing)} tensors were never written: {min(self._missing)}")
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self.partial, self.path)
-        except OSError as e:
-            raise CalibQuantError(f"{self.path}: cannot be written: {e.strerror}") from e
-        _sync_folder(self.path.parent)
-
-    def abort(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self.partial.unlink(missing_ok=True)
+        self._put(0, [])
+        return self._new.path
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None:
-            self.abort()
-            return
         try:
-            self.commit()
-        except BaseException:
-            self.abort()
-            raise
+            if kind is None:
+                self.finished()
+                self._new.publish(self._overwrite)
+        finally:
+            self._new.discard()
 
 
 def check_target(path: Path, size: int, overwrite: bool) -> None:
     """Everything that can be known to be wrong with an output before the work starts."""
     if path.suffix != ".safetensors":
         raise CalibQuantError(f"{path}: the output must be named *.safetensors")
-    if path.is_dir():
-        raise CalibQuantError(f"{path}: is a folder: name a file")
-    if path.exists() and not overwrite:
-        raise CalibQuantError(f"{path}: exists already: give another name or --overwrite")
-    if not path.parent.is_dir():
-        raise CalibQuantError(f"{path.parent}: no such folder: make it first")
-    free = shutil.disk_usage(path.parent).free
+    check_output(path, overwrite)
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError as e:
+        raise CalibQuantError(f"{path.parent}: cannot be written: {reason(e)}") from e
     if free < size:
         raise CalibQuantError(f"{path}: needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; Windows cannot open folders and does not need it."""
-    if os.name == "posix":
-        with contextlib.suppress(OSError):
-            fd = os.open(folder, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)

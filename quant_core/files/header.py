@@ -9,7 +9,6 @@ torch takes longer than reading the header of any model.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import threading
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibQuantError
+from .disk import check_input, reason, stat_of
+from .text import parse_json, read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,6 +30,8 @@ ITEMSIZE = {
     "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+MAX_NAME = 1000  # characters of a tensor's name; the longest seen has 120
+MAX_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ class Headers:
         self.files = _files_of(self.path)
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
+        self._nbytes = 0
         for file in self.files:
-            entries, metadata = read_header(file)
+            entries, metadata, size = read_header(file)
+            self._nbytes += size
             for name, entry in entries.items():
                 if name in self.entries:
                     raise CalibQuantError(f"{file}: tensor {name} is also in {self.entries[name].file}: remove one")
@@ -81,20 +86,17 @@ class Headers:
         self._handles.clear()
 
     def nbytes(self) -> int:
-        """Bytes on disk of all files."""
-        return sum(file.stat().st_size for file in self.files)
+        """Bytes on disk of all files (when they were opened: they may be gone by now)."""
+        return self._nbytes
 
     def fingerprint(self) -> str:
         """SHA-256 over the headers and 64 pieces of 4 kB spread over the data: tells fine-tunes apart in no time."""
         digest = hashlib.sha256()
         for file in self.files:
-            size = file.stat().st_size
-            with open(file, "rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                digest.update(f.read(length))
-                for i in range(64):
-                    f.seek(8 + length + (size - 8 - length) * i // 64)
-                    digest.update(f.read(4096))
+            try:
+                _fingerprint(file, digest)
+            except OSError as e:
+                raise CalibQuantError(f"{file}: cannot be read: {reason(e)}") from e
         return digest.hexdigest()
 
     def entry(self, name: str) -> TensorEntry:
@@ -132,11 +134,22 @@ class Headers:
                     raise CalibQuantError(f"{entry.file}: ends inside tensor {entry.name}: download it again")
                 done += got
         except OSError as e:
-            raise CalibQuantError(f"{entry.file}: cannot read tensor {entry.name}: {e.strerror}") from e
+            raise CalibQuantError(f"{entry.file}: cannot read tensor {entry.name}: {reason(e)}") from e
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Entries and metadata of one safetensors file, fully checked against the file's size."""
+def _fingerprint(file: Path, digest: Any) -> None:
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        digest.update(f.read(length))
+        for i in range(64):
+            f.seek(8 + length + (size - 8 - length) * i // 64)
+            digest.update(f.read(4096))
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
+    """Entries and metadata of one safetensors file, fully checked against the file's size, which comes third."""
+    check_input(file)
     try:
         size = file.stat().st_size
         with open(file, "rb") as f:
@@ -146,26 +159,29 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 raise CalibQuantError(_not_safetensors(file, size, length))
             raw = f.read(length)
     except OSError as e:
-        raise CalibQuantError(f"{file}: cannot be read: {e.strerror}") from e
+        raise CalibQuantError(f"{file}: cannot be read: {reason(e)}") from e
+    damaged, remedy = f"{file}: the safetensors header is damaged", "download the file again"
+    header = parse_json(raw, damaged, remedy)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
         metadata = header.pop("__metadata__", {})
         entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise CalibQuantError(f"{file}: the safetensors header is damaged ({e}): download the file again") from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise CalibQuantError(f"{damaged} ({e}): {remedy}") from e
     _check_extent(file, entries, 8 + length, size)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CalibQuantError(f"{file}: __metadata__ in the header must map text to text: save the file again")
-    return entries, metadata
+    return entries, metadata, size
 
 
 def _entry(file: Path, name: str, value: Mapping[str, Any], base: int) -> TensorEntry:
+    if len(name) > MAX_NAME or not name.isprintable():  # nothing downstream need fear a name
+        raise ValueError(f"{name[:40]!r} is no name of a tensor")
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     if dtype not in ITEMSIZE:
         raise CalibQuantError(f"{file}: tensor {name} has dtype {dtype}, which is not known here: convert it first")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+    if len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name} has a bad shape or offset")
-    if stop - start != math.prod(shape) * ITEMSIZE[dtype]:
+    if math.prod(max(n, 1) for n in shape) >= 2**63 or stop - start != math.prod(shape) * ITEMSIZE[dtype]:
         raise ValueError(f"tensor {name} has {stop - start} bytes, its shape and dtype want another number")
     return TensorEntry(name, dtype, shape, file, base + start, stop - start)
 
@@ -196,45 +212,51 @@ def _not_safetensors(file: Path, size: int, length: int) -> str:
     )
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
 def _files_of(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    if os.path.isdir(path):
+        found = _candidates(path)
         if len(found) != 1:
             what = "no .safetensors file" if not found else f"{len(found)} candidates"
             raise CalibQuantError(f"{path}: {what} in this folder: name one file")
         return _files_of(found[0])
-    if not path.exists():
-        raise CalibQuantError(f"{path}: no such file: check the path")
+    check_input(path)
     if path.name.endswith(".json"):
         shards = [path.parent / name for name in dict.fromkeys(_weight_map(path).values())]
         for shard in shards:
-            if not shard.exists():
+            if stat_of(shard) is None:
                 raise CalibQuantError(f"{shard}: this shard of {path.name} is missing: download it")
         return shards
     return [path]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _candidates(folder: Path) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        if not all(isinstance(v, str) and Path(v).name == v for v in weight_map.values()):
-            raise ValueError("weight_map must name files beside the index")
+        names = sorted(os.listdir(folder))
+    except OSError as e:
+        raise CalibQuantError(f"{folder}: cannot be read: {reason(e)}: check its permissions") from e
+    indexes = [folder / name for name in names if name.endswith(".safetensors.index.json")]
+    return indexes or [folder / name for name in names if name.endswith(".safetensors")]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    problem, remedy = f"{index}: is no safetensors index", "give a .safetensors file"
+    content = parse_json(read_text(index), problem, remedy)
+    try:
+        weight_map = content["weight_map"]
+        if not all(isinstance(v, str) and v.endswith(".safetensors") and _is_name(v) for v in weight_map.values()):
+            raise ValueError("weight_map must name .safetensors files beside the index")
         return weight_map
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CalibQuantError(f"{index}: is no safetensors index ({e}): give a .safetensors file") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CalibQuantError(f"{problem} ({e}): {remedy}") from e
+
+
+def _is_name(text: str) -> bool:
+    return text.isprintable() and Path(text).name == text and "\\" not in text
 
 
 def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json"))
-        path = found[0] if found else path
+    if os.path.isdir(path):
+        path = _candidates(path)[0]
     if path.name.endswith(".json"):
         for name, shard in _weight_map(path).items():
             if name not in entries or entries[name].file.name != shard:

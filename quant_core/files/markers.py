@@ -5,16 +5,17 @@ Both are made from one object when we write, and a file in which they contradict
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import CalibQuantError
 from .header import Headers
+from .text import parse_json
 
 METADATA_KEY = "_quantization_metadata"
 PROVENANCE_KEY = "calibquant"
 FP8 = ("F8_E4M3", "F8_E5M2")
+MAX_CONFIG = 1 << 16  # bytes of a comfy_quant tensor; ours has 60
 
 
 # What ComfyUI's loader acts on; group_size, orig_dtype and orig_shape are ignored there and differ between tools.
@@ -50,19 +51,28 @@ def declared_configs(file: Headers, prefix: str = "") -> dict[str, dict[str, Any
 
 def header_layers(file: Headers) -> dict[str, Any]:
     """The ``layers`` object of the header's ``_quantization_metadata`` ({} without one)."""
-    try:
-        layers = json.loads(file.metadata.get(METADATA_KEY, '{"layers": {}}'))["layers"]
-        return dict(layers)
-    except (ValueError, KeyError, TypeError) as e:
-        raise CalibQuantError(f"{file.path}: {METADATA_KEY} in the header is damaged ({e})") from e
+    problem, remedy = f"{file.path}: {METADATA_KEY} in the header is damaged", "save the file again"
+    content = parse_json(file.metadata.get(METADATA_KEY, '{"layers": {}}'), problem, remedy)
+    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
+        raise CalibQuantError(f"{problem} (it has no layers): {remedy}")
+    return content["layers"]
 
 
 def read_config(file: Headers, layer: str) -> Any:
     """The JSON of a layer's inline ``comfy_quant`` tensor."""
+    problem, remedy = f"{file.path}: layer {layer} has a damaged comfy_quant tensor", "save the file again"
+    if file.entry(layer + ".comfy_quant").nbytes > MAX_CONFIG:
+        raise CalibQuantError(f"{problem} (it is too large): {remedy}")
+    return parse_json(file.read_bytes(layer + ".comfy_quant"), problem, remedy)
+
+
+def provenance(file: Headers) -> dict[str, Any] | None:
+    """What the header says of how the file was made by this tool; None where it says nothing that can be read."""
     try:
-        return json.loads(file.read_bytes(layer + ".comfy_quant"))
-    except ValueError as e:
-        raise CalibQuantError(f"{file.path}: layer {layer} has a damaged comfy_quant tensor ({e})") from e
+        found = parse_json(file.metadata.get(PROVENANCE_KEY, "null"), "", "")
+    except CalibQuantError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _flat(config: Any) -> Any:
@@ -72,6 +82,7 @@ def _flat(config: Any) -> Any:
 
 
 def _acted_on(path: Path, layer: str, config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict) or not isinstance(config.get("format"), str):
+    fmt = config.get("format") if isinstance(config, dict) else None
+    if not isinstance(fmt, str) or not fmt.isprintable():
         raise CalibQuantError(f"{path}: layer {layer} has quantization data without a format: the file is damaged")
     return {name: config[name] for name in LOADER_FIELDS if config.get(name)}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CalibQuantError
-from . import fp8, int8, mxfp8, nvfp4, w4a8
-from .base import Codes, FileTensors, Format, Frame, Grid, Layout, join, turn
+from . import base, fp8, int8, mxfp8, nvfp4, w4a8
+from .base import Codes, FileTensors, Format, Frame, Grid, Layout, Shape, join, turn
 
 # "bf16" means: left in the source dtype, byte for byte. It is a decision of a plan, not a codec.
 SOURCE = "bf16"
@@ -27,17 +27,26 @@ def by_name(name: str) -> Format:
     return FORMATS[name]
 
 
-def stored(config: Mapping[str, Any], bits: float = 8.0) -> Format | None:
+def stored(config: Mapping[str, Any], weight: Shape, groups: Shape) -> Format | None:
     """The format of a layer of a finished file by its ``comfy_quant``, ours or a peer's; None: not known here.
 
-    bits: stored per weight, which tells 4- from 6-bit codes.
+    weight, groups: shapes of its stored ``weight`` and ``weight_s_rel`` (() without one), which tell 4- from 6-bit
+    codes. ValueError where these do not go together.
     """
-    size = config.get("convrot_groupsize", 256)
-    if config["format"] == int8.FORMAT.name and config.get("convrot"):
+    name, size, group = config["format"], config.get("convrot_groupsize", 256), config.get("group_size", w4a8.GROUP)
+    four = name == w4a8.FORMAT.name
+    if not four and not (name == int8.FORMAT.name and config.get("convrot")):
+        return FORMATS.get(name)
+    if len(weight) != 2 or (four and len(groups) != 2):
+        raise ValueError("a matrix with scales of its groups is wanted" if four else "its weight is no matrix")
+    if not all(type(n) is int and n > 0 for n in (size, group)):
+        raise ValueError(f"convrot_groupsize {size!r:.20}, group_size {group!r:.20}")
+    columns = groups[1] * group if four else weight[1]
+    if size not in base.ROTATED or columns % size or not columns:
+        raise ValueError(f"{columns} columns in blocks of {size}")
+    if not four:
         return int8.ConvRot(size)
-    if config["format"] == w4a8.FORMAT.name:
-        return w4a8.W6A8(size) if bits == 6 else w4a8.W4A8(size)
-    return FORMATS.get(config["format"])
+    return w4a8.W6A8(size, group) if weight[1] * 4 == columns * 3 else w4a8.W4A8(size, group)
 
 
 def title(name: str) -> str:

@@ -15,6 +15,7 @@ Shape = tuple[int, ...]
 Layout = dict[str, tuple[torch.dtype, Shape]]
 FileTensors = dict[str, torch.Tensor]
 TURNED = 1 << 22  # elements rotated at once
+ROTATED = (4, 16, 64, 256, 1024)  # powers of 4: sizes that a regular Hadamard matrix exists for
 BLOCKS = (256, 64, 16)  # of columns that are rotated together, best first
 
 

@@ -39,12 +39,12 @@ SAFE = (2.0**-10, 2.0**60)  # row maxima outside it are scaled by a power of two
 class W4A8:
     name = "asym_w4a8_int8"
     title = "W4A8"
-    group = GROUP
     rows = 1
     bits = 4
 
-    def __init__(self, size: int = 0) -> None:
-        self._size = size  # of the rotated blocks, in a file that says it; 0: by the width
+    def __init__(self, size: int = 0, group: int = GROUP) -> None:
+        """size of the rotated blocks (0: by the width) and of the groups, as a peer's file may have them."""
+        self._size, self.group = size, group
 
     def rotation(self, columns: int) -> int:
         return self._size or base.largest_block(columns)
@@ -56,7 +56,7 @@ class W4A8:
         rows, cols = shape
         return {
             "weight": (torch.int8, (rows, cols * self.bits // 8)),
-            "weight_s_rel": (torch.uint8, (rows, cols // GROUP)),
+            "weight_s_rel": (torch.uint8, (rows, cols // self.group)),
             "weight_s_channel": (torch.float32, (rows,)),
             "weight_codebook": (torch.float32, (len(GAUSSIAN),)),
         }

@@ -28,8 +28,9 @@ def convert(
 ) -> dict[str, int]:
     """HSWQ V2 (``.scale``) or legacy ``scaled_fp8`` -> ComfyUI's native dialect; codes are kept bit for bit.
 
-    Conv weights, which have no scale in the native dialect, become the model's 16-bit dtype. Returns how many
-    layers and Conv weights were converted. Raises CalibQuantError when there is nothing to convert.
+    Conv weights, and whatever else is no Linear, have no scale in the native dialect and become the model's 16-bit
+    dtype. Returns how many layers and how many of those were converted. Raises CalibQuantError when there is nothing
+    to convert.
     """
     output = Path(output)
     with Source(path) as source:
@@ -37,7 +38,8 @@ def convert(
         if source.dialect is None or source.dialect is NATIVE:
             what = "is in the native dialect already" if source.dialect else "has no FP8 weights with a scale"
             raise CalibQuantError(f"{source.path}: {what}: nothing to convert")
-        layers = {name: _native_tensors(source, name) for name in source.layers if source.scale_key(name)}
+        scaled = [name for name, info in source.layers.items() if source.scale_key(name) and not info.not_linear]
+        layers = {name: _native_tensors(source, name) for name in scaled}
         specs = _converted_specs(source, layers)
         configs = {name: json.loads(bytes(t["comfy_quant"].tolist())) for name, t in layers.items()}
         kept = {k: v for k, v in source.checkpoint.metadata.items() if k != METADATA_KEY}
@@ -69,7 +71,12 @@ def _native_tensors(source: Source, layer: str) -> dict[str, torch.Tensor]:
     tensors = {"weight_scale": scale.reshape(())}
     input_key = layer + dialect.input_scale if dialect.input_scale else ""
     if input_key in source.checkpoint.entries:
-        value = read(input_key).float().reshape(())
+        value = read(input_key).float()
+        if value.numel() != 1:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer}: {input_key} has {value.numel()} elements, not one: download it again"
+            )
+        value = value.reshape(())
         if value != 1.0:  # the legacy loader takes 1.0 as "not given"
             tensors["input_scale"] = value
     e5m2 = source.checkpoint.entries[layer + ".weight"].dtype == "F8_E5M2"

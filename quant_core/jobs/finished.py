@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
 import torch
 
 from ..errors import CalibQuantError
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import DTYPES, Checkpoint
+from ..files.header import ITEMSIZE
 from ..files.markers import FP8, declared_configs
 from ..formats import FORMATS, SOURCE, Format, stored
 from ..models.architectures import split_prefix
 from ..models.diffusers import present
-from ..models.modelfile import NATIVE
+from ..models.modelfile import FLOATS, NATIVE
 from ..models.source import apply_scale
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import squared_distance, squared_norm
 
 ROWS = 1024  # rows decoded at once; a multiple of the 128-row tiles in which block scales are swizzled
+SCALES = ("F32", "F16", "BF16")  # what comfy-kitchen takes as a scale
 
 # What a format's weight may consist of in a file.
 TENSORS = (
@@ -53,9 +56,12 @@ class QuantizedFile:
         weight = self.checkpoint.entries[layer + ".weight"]
         if layer not in self.configs:
             return FORMATS["float8_e4m3fn_unscaled"] if weight.dtype in FP8 else None
-        config, groups = self.configs[layer], self.checkpoint.entries.get(f"{layer}.weight_s_rel")
-        columns = groups.shape[1] * config.get("group_size", 16) if groups else weight.shape[-1]
-        return stored(config, 8 * weight.shape[-1] / columns)
+        groups = self.checkpoint.entries.get(f"{layer}.weight_s_rel")
+        try:
+            return stored(self.configs[layer], weight.shape, groups.shape if groups else ())
+        except ValueError as e:
+            where = f"{self.checkpoint.path}: layer {layer}"
+            raise CalibQuantError(f"{where}: its quantization data are damaged ({e}): quantize again") from e
 
     def nbytes(self, layer: str) -> int:
         """Bytes of the layer's weight and of everything that belongs to its quantization."""
@@ -66,15 +72,18 @@ class QuantizedFile:
     def rows(self, layer: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """float32 parts of the ``[out, ...]`` that acts on unscaled inputs, at most ``ROWS`` rows each."""
         codec = self.codec(layer)
-        decode = codec.decode if codec else None
+        self._check(layer, codec, shape)
         tensors = self._tensors(layer, codec)
-        if decode and len(shape) == 2 and "weight_scale" in tensors and tensors["weight_scale"].numel() == 1:
-            tensors["weight_scale"] = tensors["weight_scale"].reshape(())
+        for name, tensor in tensors.items():
+            if name != "weight" and tensor.numel() == 1 and tensor.dtype.itemsize > 1:
+                tensors[name] = tensor.reshape(()).float()
+            elif name == "weight_s_channel":  # one for each row, so that rows can be decoded a part at a time
+                tensors[name] = tensor.reshape(-1, 1)
         smooth = self.smoothing(layer)
         for start in range(0, shape[0], ROWS):
             part = {n: t[start : start + ROWS] if t.dim() > 1 else t for n, t in tensors.items()}
             size = (min(ROWS, shape[0] - start), *shape[1:])
-            weight = decode(part, size) if decode else part["weight"].float()
+            weight = codec.decode(part, size) if codec else part["weight"].float()
             yield weight if smooth is None else weight * smooth
 
     def bias(self, layer: str) -> torch.Tensor | None:
@@ -83,7 +92,7 @@ class QuantizedFile:
 
     def runs_as(self, layer: str) -> LayerPlan:
         """What the loader will do with the layer's inputs, as a plan's entry."""
-        scale = self._optional(f"{layer}.input_scale")
+        scale = self._optional(f"{layer}.input_scale", 1)
         full_precision = bool(self.configs.get(layer, {}).get("full_precision_matrix_mult"))
         return LayerPlan(self.format(layer), "", full_precision, None if scale is None else float(scale))
 
@@ -91,22 +100,55 @@ class QuantizedFile:
         """``pre_quant_scale`` as float32 [in], None where there is none."""
         return self._optional(f"{layer}.{smoothing.KEY}")
 
-    def _optional(self, key: str) -> torch.Tensor | None:
-        return self.checkpoint.read(key).float() if key in self.checkpoint.entries else None
+    def _optional(self, key: str, size: int | None = None) -> torch.Tensor | None:
+        """A vector (or number, of size 1) that a layer may have, as float32."""
+        if key not in self.checkpoint.entries:
+            return None
+        entry = self.checkpoint.entries[key]
+        if entry.dtype not in FLOATS or len(entry.shape) > 1 or size not in (None, math.prod(entry.shape)):
+            raise self._misfit(key, "one number" if size else "a vector of floats")
+        return self.checkpoint.read(key).float()
+
+    def _misfit(self, key: str, wanted: str) -> CalibQuantError:
+        entry = self.checkpoint.entry(key)
+        layer, _, name = key.rpartition(".")
+        return CalibQuantError(
+            f"{self.checkpoint.path}: layer {layer}: {name} is {entry.dtype} {list(entry.shape)}, wanted is {wanted}: "
+            "the file is damaged, or of another model: quantize again"
+        )
+
+    def _check(self, layer: str, codec: Format | None, shape: tuple[int, ...]) -> None:
+        """Every tensor of a layer [out, ...] is what its format is decoded from; its optional vectors fit, too.
+
+        A scale in bytes may be stored under another dtype of one byte, a single number in any shape and float dtype.
+        """
+        fmt = self.format(layer)
+        if codec is None and fmt not in ("float8_e5m2", SOURCE):
+            raise CalibQuantError(f"{self.checkpoint.path}: layer {layer}: format {fmt} cannot be decoded here")
+        layout = codec.layout(shape) if codec and len(shape) == 2 else {"weight": (None, shape)}
+        for suffix, (dtype, wanted) in layout.items():
+            if suffix == "weight_codebook" and f"{layer}.{suffix}" not in self.checkpoint.entries:
+                continue  # a peer's W4A8 may do without
+            entry = self.checkpoint.entry(f"{layer}.{suffix}")
+            fits, single = DTYPES[entry.dtype] == dtype, False
+            if dtype is None:
+                fits = entry.dtype in FLOATS
+            elif suffix != "weight":
+                floats = dtype.itemsize > 1 or suffix == "weight_s_rel"  # W4A8's may be either
+                fits = (entry.dtype in SCALES and floats) or dtype.itemsize == 1 == ITEMSIZE[entry.dtype]
+                single = dtype == torch.float32 and math.prod(entry.shape) == 1
+            if not fits or not (entry.shape == wanted or single):
+                name = "a float dtype" if dtype is None else str(dtype).removeprefix("torch.")
+                raise self._misfit(f"{layer}.{suffix}", f"{name} {list(wanted)}")
+        self._optional(f"{layer}.bias", shape[0])
+        self._optional(f"{layer}.{smoothing.KEY}", math.prod(shape[1:]))
 
     def _tensors(self, layer: str, codec: Format | None) -> dict[str, torch.Tensor]:
         path, read, fmt = self.checkpoint.path, self.checkpoint.read, self.format(layer)
         if fmt == "float8_e5m2":
-            scaled = apply_scale(path, layer, read(layer + ".weight"), read(layer + NATIVE.scale))
-            return {"weight": scaled}
-        if codec is None:
-            if fmt != SOURCE:
-                raise CalibQuantError(f"{path}: layer {layer}: format {fmt} cannot be decoded here")
-            return {"weight": read(layer + ".weight")}
-        found = {n: read(f"{layer}.{n}") for n in TENSORS if f"{layer}.{n}" in self.checkpoint.entries}
-        if "weight_s_channel" in found:  # one for each row, so that rows can be decoded a part at a time
-            found["weight_s_channel"] = found["weight_s_channel"].reshape(-1, 1)
-        return found
+            return {"weight": apply_scale(path, layer, read(layer + ".weight"), read(layer + NATIVE.scale))}
+        names = TENSORS if codec else ("weight",)
+        return {n: read(f"{layer}.{n}") for n in names if f"{layer}.{n}" in self.checkpoint.entries}
 
 
 def layer_error(source: torch.Tensor, quantized: QuantizedFile, layer: str) -> float:
@@ -114,11 +156,6 @@ def layer_error(source: torch.Tensor, quantized: QuantizedFile, layer: str) -> f
     error = energy = 0.0
     for start, part in zip(range(0, source.shape[0], ROWS), quantized.rows(layer, tuple(source.shape)), strict=True):
         weight = source[start : start + ROWS].float()
-        if part.shape != weight.shape:
-            raise CalibQuantError(
-                f"{quantized.checkpoint.path}: layer {layer} has shape {tuple(part.shape)} where the source has "
-                f"{tuple(weight.shape)}: the two files are of different models"
-            )
         error += squared_distance(weight, part)
         energy += squared_norm(weight)
     return error / energy if energy else error

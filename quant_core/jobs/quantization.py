@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..files.checkpoint import Checkpoint, Hasher, Writer, check_target
+from ..files.disk import stat_of
 from ..formats import SOURCE
 from ..models.source import Source
 from ..planning.layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
@@ -22,6 +24,7 @@ from ..reports.report import LayerReport, Report
 from ..rounding.choice import WITH_BIAS, Rounder
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
+from . import verification
 
 # Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
 Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -38,6 +41,7 @@ def quantize(
     merged: str = "",
     calibration: Calibration | None = None,
     rounding: str = "nearest",
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
@@ -46,6 +50,7 @@ def quantize(
     auto alone. calibration: what all but nearest weigh errors by; None: the one that the plan was made with, if it is
     still at hand.
     merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
+    verify: re-read the finished file (``verification``) before it gets its name; a file that fails never has it.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
     """
@@ -61,36 +66,46 @@ def quantize(
     check_target(output, predicted_size(source, plan), overwrite)
     _check_merge(source, merge)
     hasher = Hasher(source.checkpoint.files)
+    steps = _Steps(source, plan, verify, progress)
     try:
         with Writer(output, specs, metadata, overwrite) as writer:
-            layers = _write_tensors(source, plan, writer, rounder, merge, progress)
+            layers = _write_tensors(source, plan, writer, rounder, merge, steps.write)
             used = {layer.rounding.removesuffix(WITH_BIAS) for layer in layers}
             writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used))
+            names = str(source.path), str(output), source.architecture.name, plan.recipe
+            runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
+            sizes = source.checkpoint.nbytes(), writer.size
+            report = Report(*names, *sizes, layers=layers, needs_comfyui=core_needed(plan), runs=runs)
+            if verify:
+                verification.verify(source, report, merge, steps.verify, writer.finished())
     finally:
         hasher.cancel()
-    return Report(
-        str(source.path),
-        str(output),
-        source.architecture.name,
-        plan.recipe,
-        source.checkpoint.nbytes(),
-        output.stat().st_size,
-        time.perf_counter() - started,
-        layers,
-        core_needed(plan),
-        None if calibration is None else len(set(calibration.info.get("runs", []))),
-    )
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+class _Steps:
+    """One count of progress over the tensors written and the layers verified after them."""
+
+    def __init__(self, source: Source, plan: Plan, verify: bool, progress: Progress | None) -> None:
+        self._progress, self._written = progress, len(source.checkpoint.entries) - len(source.consumed)
+        self._total = self._written + len(plan.layers) * verify
+
+    def write(self, done: int, _: int, text: str) -> None:
+        if self._progress:
+            self._progress(done, self._total, text)
+
+    def verify(self, done: int, _: int, text: str) -> None:
+        self.write(self._written + done, 0, text)
 
 
 def _write_tensors(
-    source: Source, plan: Plan, writer: Writer, rounder: Rounder, merge: Merge, progress: Progress | None
+    source: Source, plan: Plan, writer: Writer, rounder: Rounder, merge: Merge, progress: Progress
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
     written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
     reports = []
     for i, key in enumerate(keys):
-        if progress:
-            progress(i, len(keys), key)
+        progress(i, len(keys), key)
         if key in written:  # with its layer
             continue
         layer = key.removesuffix(".weight")
@@ -110,8 +125,7 @@ def _write_tensors(
             writer.write(key, _merged(tensor, key, merge).to(tensor.dtype))
         else:
             writer.write_chunks(key, source.checkpoint.chunks(key))
-    if progress:
-        progress(len(keys), len(keys), "done")
+    progress(len(keys), len(keys), "done")
     return reports
 
 
@@ -174,10 +188,12 @@ def _check_merge(source: Source, merge: Merge) -> None:
     for key in merge:
         if key not in source.checkpoint.entries:
             raise CalibQuantError(
-                f"{source.path}: has no tensor {key}, which a LoRA patches: link the MODEL made from this file"
+                f"{source.path}: has no tensor {key}, which the linked MODEL patches: link one made from this file"
             )
 
 
 def refuse_itself(checkpoint: Checkpoint, output: Path) -> None:
-    if output.exists() and any(output.samefile(file) for file in checkpoint.files):
+    there = stat_of(output)
+    found = [stat_of(file) for file in checkpoint.files] if there else []
+    if any(file and os.path.samestat(there, file) for file in found):
         raise CalibQuantError(f"{output}: is the source itself: give another output name")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -19,11 +20,15 @@ TOLERANCE = 1e-3  # of a relative error: the two paths differ by float32 summati
 def verify(
     source: Source,
     report: Report,
-    merge: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    merge: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     progress: Progress | None = None,
+    path: Path | None = None,
 ) -> None:
-    """Re-read the finished file by the loader's arithmetic; CalibQuantError if any layer's error is not as reported."""
-    with QuantizedFile(report.output) as quantized:
+    """Re-read the finished file by the loader's arithmetic; CalibQuantError if any layer's error is not as reported.
+
+    path: where the file lies as long as it has not got its name.
+    """
+    with QuantizedFile(path or report.output) as quantized:
         for i, layer in enumerate(report.layers):
             if progress:
                 progress(i, len(report.layers), f"verify {layer.name}")
@@ -48,7 +53,7 @@ def _verify_bias(
     report: Report,
     layer: LayerReport,
     quantized: QuantizedFile,
-    merge: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+    merge: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
 ) -> None:
     key = f"{layer.name}.bias"
     if key not in source.checkpoint.entries:

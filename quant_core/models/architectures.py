@@ -5,13 +5,14 @@ in the source dtype by default, and from which layers' shapes ComfyUI detects th
 ``LayerInfo`` from its name and the row alone.  Adding a family is adding a row.
 
 Sources: ComfyUI 0.29 ``comfy/model_detection.py`` (detection keys, shapes read) and its model classes (blocks, shared
-inputs); ``tests/test_architectures.py`` checks the rows against both.  Patterns see names without prefix and ".weight".
+inputs, what is no Linear).  ``tests/test_architectures.py`` checks the rows, ``tests/test_comfy_classes.py`` checks
+every class.  Patterns see names without prefix and ".weight".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import CalibQuantError
@@ -35,6 +36,7 @@ class LayerInfo:
     protected: str  # why the layer stays in the source dtype by default, "" if it may be quantized
     detects_shape: str  # why the layer must never be NVFP4, "" otherwise
     note: str = ""  # what is known of its sensitivity; binds nobody, recipes and reports may use it
+    not_linear: str = ""  # why no format can ever be loaded for it (it is then protected too), "" otherwise
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ class Architecture:
         shape_read = _first_match(self.shape_read, name)
         shared = self._shared(name, kind) if block is not None else ""
         return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, _first_match(self.notes, name))
+
+    def describe_file(self, layers: Iterable[str], keys: Collection[str]) -> dict[str, LayerInfo]:
+        """Describe the layers of one file: ``keys``, all of its keys, tell Linears from what only looks like one."""
+        routed = {key.partition(_EXPERTS)[0] for key in keys if _EXPERTS in key}
+        infos = {}
+        for layer in layers:
+            reason = _not_linear(layer, keys, routed)
+            info = self.describe(layer)
+            infos[layer] = replace(info, protected=reason, not_linear=reason) if reason else info
+        return infos
 
     def _place(self, name: str) -> tuple[str, int | None, str]:
         for subgraph, pattern in self.blocks:
@@ -137,6 +149,39 @@ def _prefix_of(name: str) -> str:
 def _first_match(rules: Rules, name: str) -> str:
     return next((reason for pattern, reason in rules if re.search(pattern, name)), "")
 
+
+def _not_linear(layer: str, keys: Collection[str], routed: Collection[str]) -> str:
+    """Why the loader does not run this weight as a Linear, "" if it does, as far as names can tell.
+
+    A loader reads scales for Linears only. Any other matrix would be used without its scale, and nobody would say so.
+    ``routed``: the modules that have experts.
+    """
+    name = layer.removeprefix(_prefix_of(layer))
+    if reason := _first_match(_RUN_OTHERWISE, name):
+        return reason
+    kind = _NUMBERED_TABLE.sub(r"\1", name).rpartition(".")[2]
+    if _TABLE.fullmatch(kind) and f"{layer}.bias" not in keys:
+        return "table of embeddings: the loader looks rows up in it and reads no scale for it"
+    router = _ROUTER.fullmatch(layer)
+    if router and router[1] in routed:
+        return "router of a mixture of experts: the loader multiplies by it as it is and reads no scale for it"
+    return ""
+
+
+# --- what is no Linear, whatever the family; tests/test_comfy_classes.py checks it against all of ComfyUI's classes
+_EXPERTS = ".experts."
+_ROUTER = re.compile(r"(.+)\.(?:gate|router)(?:\.[^.]+)?")  # beside experts; elsewhere a gate is a Linear (SwiGLU)
+# No table has a bias, and nearly every Linear with such a name (x_embedder, cond_embed) has one.
+_TABLE = re.compile(
+    r".*emb.*|(?:.*_)?tokens?|shared|relative_attention_bias|wte|wpe|codebook|"
+    r"timestep_features|reference_points|trainable_cond_mask"  # Stable Audio, SAM 3, Wan S2V
+)
+_NUMBERED_TABLE = re.compile(r"(embeddings)\.\d+$")
+_RUN_OTHERWISE: Rules = (
+    (r"^motion_encoder\.", "the loader scales this weight by its own rule and reads no scale for it"),  # Wan Animate
+    (r"(?:^|\.)pixel_blocks\.\d+\.adaLN_modulation\.0$", "the loader splits this weight, not its scales"),  # PixelDiT
+    (r"^cc_projection$", "the loader applies this weight outside the model and reads no scale for it"),  # Zero123
+)
 
 # --- reasons
 _OUTSIDE = "lies outside the numbered blocks"
@@ -336,6 +381,12 @@ _GENERIC = Architecture(
             *(r"^txt_in\.input_embedder$", r"^img_in\.proj$", r"^vision_in\.proj\.0$"),  # HunyuanVideo
             r"^transformer_blocks\.0\.attn2\.to_k$",  # LTX-Video, within a block
             *(r"^patch_embed\.(?:text_)?proj$", r"^blocks\.0\.norm1\.linear$", r"^ofs_embedding_linear_1$"),  # CogVideo
+            r"^down_blocks\.1\.0\.channelwise\.0$",  # Stable Cascade B, within a block
+            r"^transformer\.layers\.0\.(?:self_attn\.to_qkv|to_local_embed\.0)$",  # Stable Audio, within a block
+            *(r"^to_(?:cond|global)_embed\.0$", r"^transformer\.project_in$"),  # Stable Audio
+            *(r"^cond_seq_linear$", r"^extra_embedder\.0$", r"^(?:latent|cond)_in$"),  # AuraFlow, HunyuanDiT and 3D
+            *(r"^input_proj$", r"^first$", r"^txtfusion\.projector$"),  # Ideogram 4, Krea 2
+            *(r"^visual_embeddings\.in_layer$", r"^condition_proj$", r"^time_embedder\.proj_in$"),  # Kandinsky, MiniMax
         )
     ),
 )

@@ -47,9 +47,10 @@ class ModelFile:
     """A 16/32-bit (or scaled FP8) diffusion model, open for reading.
 
     Of a file in diffusers layout everything here is named and joined as ComfyUI does it (``diffusers``).
-    ``layers`` maps each quantizable layer (a 2-D Linear weight of the diffusion model, named as in the checkpoint
-    without ``.weight``) to what the architecture table knows of it. ``prefix`` is what the diffusion model's keys
-    begin with in this file; all other keys (CLIP, VAE of an all-in-one checkpoint) are copied untouched.
+    ``layers`` maps each layer (a 2-D weight of the diffusion model, named as in the checkpoint without ``.weight``) to
+    what the architecture table knows of it, and whether the loader runs it as a Linear. ``prefix`` is what the
+    diffusion model's keys begin with in this file; all other keys (CLIP, VAE of an all-in-one checkpoint) are copied
+    untouched.
 
     Raises CalibQuantError for a file that is quantized already (anything but FP8) or holds no layer to quantize.
     """
@@ -69,10 +70,8 @@ class ModelFile:
         self.architecture: Architecture = by_name(architecture) if architecture else detect(model_shapes, model_shapes)
         self.consumed = self._consumed_keys()
         weights = [k for k, e in keys.items() if self._is_weight(k, e)]
-        self.layers: dict[str, LayerInfo] = {
-            layer: self.architecture.describe(layer)
-            for layer in (k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2)
-        }
+        matrices = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2]
+        self.layers: dict[str, LayerInfo] = self.architecture.describe_file(matrices, keys)
         self.convolutions = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) in (4, 5)]
         if not any(info.block is not None for info in self.layers.values()):
             raise CalibQuantError(

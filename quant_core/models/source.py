@@ -51,7 +51,7 @@ def apply_scale(path: Path, layer: str, weight: torch.Tensor, scale: torch.Tenso
     scale = scale.float()
     if scale.numel() == 1:
         return weight.float() * scale.reshape(())
-    if scale.numel() == weight.shape[0]:
+    if weight.dim() and scale.numel() == weight.shape[0]:
         return weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
     raise CalibQuantError(
         f"{path}: layer {layer} has a scale of shape {tuple(scale.shape)}, which is neither per tensor nor per row: "

@@ -115,9 +115,10 @@ def check(source: Source, plan: Plan) -> None:
         if entry.format == SOURCE:
             continue
         check_input_scale(entry.input_scale, f"{source.path}: layer {layer}")
-        obstacle = FORMATS[entry.format].obstacle(source.shape(layer))
-        if not obstacle and entry.format == "nvfp4" and source.layers[layer].detects_shape:
-            obstacle = source.layers[layer].detects_shape
+        info = source.layers.get(layer)  # None: a convolution
+        obstacle = (info.not_linear if info else "") or FORMATS[entry.format].obstacle(source.shape(layer))
+        if not obstacle and info and entry.format == "nvfp4":
+            obstacle = info.detects_shape
         if obstacle:
             raise CalibQuantError(f"{source.path}: layer {layer} cannot be {entry.format}: {obstacle}: change the plan")
         if entry.pre_quant_scale and entry.format not in smoothing.FORMATS:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
-from ..files.text import read_text, write_text
+from ..files.text import parse_json, read_text, write_text
 from ..formats import FORMATS, SOURCE
 from ..rounding.layerplan import LayerPlan
 
@@ -55,10 +55,7 @@ class Plan:
 
 def from_json(text: str, origin: str = "plan") -> Plan:
     """Parse and check a plan; CalibQuantError names what is wrong with it."""
-    try:
-        raw = json.loads(text)
-    except ValueError as e:
-        raise CalibQuantError(f"{origin}: is no JSON ({e}): make the plan again") from e
+    raw = parse_json(text, f"{origin}: is no plan", "make the plan again")
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         version = raw.get("format_version") if isinstance(raw, dict) else None
         raise CalibQuantError(f"{origin}: plan format version {version} is not {FORMAT_VERSION}: make the plan again")
@@ -70,10 +67,16 @@ def from_json(text: str, origin: str = "plan") -> Plan:
             str(raw["source"]),
             layers,
             int(raw["size"]),
-            raw.get("calibration"),
+            _summary(raw.get("calibration")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CalibQuantError(f"{origin}: is no plan of this tool ({e!r}): make the plan again") from e
+
+
+def _summary(calibration: Any) -> dict[str, Any] | None:
+    if not isinstance(calibration, dict | None):
+        raise TypeError("calibration must be an object")
+    return calibration
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

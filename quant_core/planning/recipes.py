@@ -114,8 +114,9 @@ RECIPES: dict[str, Recipe] = {
             "Plain FP8 cast that any FP8 loader reads, Conv weights included",
             "float8_e4m3fn_unscaled",
             convolutions=True,
-            warning="a plain cast costs 1.6x (sigma .02) to 18x (sigma .005) the error of FP8 with a scale: "
-            "prefer --recipe fp8 wherever ComfyUI loads the file",
+            warning="a plain cast is too coarse for small weights: to nearest it costs 1.6x (sigma .02) to 18x (sigma "
+            ".005) the error of FP8 with a scale, with GPTQ 1x (sigma .045) to 24x (sigma .005): prefer recipe fp8 "
+            "wherever ComfyUI loads the file",
         ),
         # facts/seeds.md E: the two published Z-Image Turbo recipes. In the first the 8-bit list has priority.
         Recipe(
@@ -157,11 +158,12 @@ def make_plan(source: Source, recipe: Recipe | str) -> Plan:
 
 
 def unmatched(source: Source, recipe: Recipe) -> list[str]:
-    """What to say of the recipe's patterns that match no layer of the source: misspelt, or of another model."""
+    """What to say of a user's own patterns that match no layer of the source: misspelt, or of another model."""
     keys = [layer + ".weight" for layer in source.layers]
+    rules = [] if recipe.name in RECIPES else _compile(recipe.rules)
     return [
         f"the pattern {rule.pattern!r} ({rule.reason}) matches no layer of this model"
-        for pattern, rule in _compile(recipe.rules)
+        for pattern, rule in rules
         if not any(map(pattern.search, keys))
     ]
 
@@ -197,8 +199,7 @@ def hswq(source: Source, calibration: Calibration, ratio: float = 0.25, scaled: 
 
     scaled: V2, with a searched scale in the native dialect; else V1, a plain cast (Linear layers only).
     """
-    if not 0 <= ratio <= 1:
-        raise OptionError(f"--keep-ratio {ratio:g}: must lie between 0 and 1")
+    scoring.check_ratio(ratio)
     candidates = {n: i for n, i in source.layers.items() if not i.protected}
     stats = {n: calibration.layers.get(n.removeprefix(source.prefix)) for n in candidates}
     missing = [n for n, seen in stats.items() if seen is None]
@@ -258,8 +259,21 @@ def summary(calibration: Calibration) -> dict[str, Any]:
     return {**known, "runs": len(calibration.info.get("runs", [])), "layers": len(calibration.layers)}
 
 
+def check_widths(source: Source, calibration: Calibration) -> None:
+    """CalibQuantError when the calibration cannot be of this model, whatever names it bears."""
+    for layer in source.layers:
+        seen = calibration.layers.get(layer.removeprefix(source.prefix))
+        width = source.shape(layer)[1]
+        if seen and len(seen.input_amax) != width:
+            raise CalibQuantError(
+                f"{source.path}: layer {layer} has {width} inputs, the calibration saw {len(seen.input_amax)}: "
+                "calibrate this model"
+            )
+
+
 def check_calibration(source: Source, calibration: Calibration) -> None:
     """CalibQuantError when the calibration is of another architecture or of another file."""
+    check_widths(source, calibration)
     family, made_for = source.architecture.name, calibration.info.get("architecture")
     if made_for not in (None, family):
         raise CalibQuantError(f"{source.path}: is {family}, the calibration is of {made_for}: calibrate this model")
@@ -267,7 +281,7 @@ def check_calibration(source: Source, calibration: Calibration) -> None:
     if fingerprint not in (None, source.checkpoint.fingerprint()):
         raise CalibQuantError(
             f"{source.path}: the calibration was made with another file ({calibration.info.get('source_file')}): "
-            "calibrate this model, or insist with --force-calibration"
+            "calibrate this model"
         )
 
 
@@ -286,9 +300,9 @@ def by_recipe_name(name: str) -> Recipe:
 def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bool = False) -> LayerPlan:
     """The wish, or the nearest thing that the loader takes, with the reason.
 
-    Protected layers stay in the source dtype unless a rule names them (``explicit``).
+    Protected layers stay in the source dtype unless a rule names them (``explicit``); what is no Linear always does.
     """
-    if info.protected and not explicit:
+    if info.not_linear or (info.protected and not explicit):
         return LayerPlan(SOURCE, info.protected)
     fmt, reason = wish.format, wish.reason
     while fmt != SOURCE:
@@ -326,7 +340,7 @@ def from_convert_to_quant(
     Layers that stock ComfyUI could not load in the wanted format still fall back (:func:`legal`).
     """
     if bool(custom_layers) != bool(custom_type):
-        raise CalibQuantError("--custom-layers and --custom-type belong together: give both or none")
+        raise OptionError("custom layers and a custom type belong together: give both or none")
     rules = []
     if custom_layers and custom_type:
         rules.append(Rule(custom_layers, _ctq_format(custom_type), "custom layer"))

@@ -117,13 +117,20 @@ def defaults(architecture: str) -> ScoreOptions:
     return DEFAULTS.get(architecture, ScoreOptions())
 
 
+def check(architecture: str, options: ScoreOptions, compat: bool = False) -> None:
+    """OptionError for what :func:`decide` would refuse whatever the weights are: ask before reading them."""
+    options.check()
+    if compat:
+        _compat_family(architecture)
+
+
 def decide(probed: Probe, options: ScoreOptions | None = None, compat: bool = False) -> Scored:
     """Score every layer that may be quantized and decide KEEP, FP8 or NVFP4.
 
     Raises OptionError for bad options, an unknown exempt type, a compat family other than wan and zimage.
     """
     options = options or defaults(probed.architecture)
-    options.check()
+    check(probed.architecture, options, compat)
     layers = _compat_layers(probed) if compat else _layers(probed)
     if not layers:
         raise CalibQuantError(f"{probed.source}: no layer to score: name the family with --model")
@@ -190,11 +197,15 @@ def _layers(probed: Probe) -> list[Decision]:
     return found
 
 
-def _compat_layers(probed: Probe) -> list[Decision]:
-    family = {"wan": "wan", "zimage": "zimage", "lumina2": "zimage"}.get(probed.architecture)
+def _compat_family(architecture: str) -> str:
+    family = {"wan": "wan", "zimage": "zimage", "lumina2": "zimage"}.get(architecture)
     if family is None:
-        raise OptionError(f"--compat quant_probe knows wan and zimage only, this model is {probed.architecture}")
-    found = []
+        raise OptionError(f"--compat quant_probe knows wan and zimage only, this model is {architecture}")
+    return family
+
+
+def _compat_layers(probed: Probe) -> list[Decision]:
+    family, found = _compat_family(probed.architecture), []
     for layer in probed.layers:
         main = re.search(_COMPAT_MAIN[family], layer.name)  # searched, so that vace_blocks.0 is taken for blocks.0
         refiner = re.search(_COMPAT_REFINER, layer.name) if family == "zimage" and not main else None
@@ -317,10 +328,14 @@ def formats(scored: Scored, layers: Iterable[str]) -> dict[str, str]:
     return {name: chosen.get(name, FORMAT_OF[KEEP]) for name in layers}
 
 
-def keep_worst(probed: Probe, ratio: float, base: str = "nvfp4") -> dict[str, str]:
-    """Layer -> format: the share ``ratio`` of scored layers with the largest error in ``base`` stays 16-bit."""
+def check_ratio(ratio: float) -> None:
     if not 0 <= ratio <= 1:
         raise OptionError(f"--keep-ratio {ratio:g}: must lie between 0 and 1")
+
+
+def keep_worst(probed: Probe, ratio: float, base: str = "nvfp4") -> dict[str, str]:
+    """Layer -> format: the share ``ratio`` of scored layers with the largest error in ``base`` stays 16-bit."""
+    check_ratio(ratio)
     layers = [d.layer for d in _layers(probed)]
     worst = sorted(layers, key=lambda layer: (-layer.errors[base][0], layer.name))[: int(len(layers) * ratio)]
     kept = {layer.name for layer in worst}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from typing import Any
 
 from ..errors import CalibQuantError
 from ..files.header import Headers
-from ..files.markers import FP8, PROVENANCE_KEY, declared_formats
+from ..files.markers import FP8, declared_formats, provenance
 from ..models.architectures import detect, split_prefix
 from ..models.diffusers import present
 
@@ -45,7 +44,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             "formats": dict(Counter(layer["format"] for layer in layers.values())),
             "dtypes": _bytes_per_dtype(file),
             "layers": layers,
-            "provenance": _provenance(file),
+            "provenance": provenance(file),
         }
 
 
@@ -63,10 +62,3 @@ def _bytes_per_dtype(file: Headers) -> dict[str, int]:
     for entry in file.entries.values():
         totals[entry.dtype] += entry.nbytes
     return dict(totals.most_common())
-
-
-def _provenance(file: Headers) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.metadata.get(PROVENANCE_KEY, "null"))
-    except ValueError:
-        return None

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
-from ..files.text import gigabytes
+from ..files.text import change_of_size
 from ..formats import FORMATS, SOURCE, title
 
 FEW_RUNS = 4  # below it, errors on other prompts were 3 to 7 times those on the calibration's own (demo model)
@@ -70,7 +70,7 @@ class Report:
         saved = 100 * (1 - self.bytes_after / self.bytes_before) if self.bytes_before else 0.0
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in self.count().items())
         lines = [
-            f"{gigabytes(self.bytes_before)} → {gigabytes(self.bytes_after)} (−{saved:.0f} %)",
+            f"{change_of_size(self.bytes_before, self.bytes_after)} (−{saved:.0f} %)",
             f"layers: {counts}",
         ]
         worst = self.worst()

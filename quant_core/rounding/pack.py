@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CalibQuantError
+from ..files.text import counted
 from ..formats import Codes, FileTensors, Format, Frame, join, turn
 from . import gptq, hswq
 
@@ -172,8 +173,8 @@ def refuse_damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> No
 
 def _damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> str:
     bad = (~torch.isfinite(tensor)).sum().item()
-    kind = "NaN" if torch.isnan(tensor).any() else "Inf"
-    return f"{where}: the {what} has {bad} {kind} values: the source file is damaged"
+    kind = " and ".join(name for name, is_so in (("NaN", torch.isnan), ("Inf", torch.isinf)) if is_so(tensor).any())
+    return f"{where}: the {what} has {counted(bad, f'{kind} value')}: the source file is damaged"
 
 
 def _by_chunks(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:

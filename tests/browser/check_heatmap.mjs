@@ -1,28 +1,16 @@
 // Runs Probe Model Weights on a model and checks its heatmap and table as a user sees them, in both renderers.
 //
-//     node tests/browser/check_heatmap.mjs URL MODEL [FOLDER_FOR_SCREENSHOTS]
+//     node tests/browser/check_heatmap.mjs URL MODEL EVEN [FOLDER_FOR_SCREENSHOTS]
 //
-// MODEL must have some 30 blocks, so that its map can be wider than a node. Prints one line per check; the exit status is
+// MODEL must have some 30 blocks, so that its map can be wider than a node; all layers of EVEN are alike. Prints one line per check; the exit status is
 // 1 if any failed. Environment: see page.mjs.
 import { join } from "node:path";
-import { fit, openPage, queueAndWait } from "./page.mjs";
+import { MODEL as SMALL, checks, closeDialog, fit, openPage, queueAndWait } from "./page.mjs";
 
-const [url, model, shots] = process.argv.slice(2);
-if (!model) throw new Error("usage: check_heatmap.mjs URL MODEL [FOLDER_FOR_SCREENSHOTS]");
+const [url, model, even, shots] = process.argv.slice(2);
+if (!even) throw new Error("usage: check_heatmap.mjs URL MODEL EVEN [FOLDER_FOR_SCREENSHOTS]");
 
-let failed = 0;
-function check(what, ok, detail = "") {
-  console.log(`${ok ? "ok  " : "FAIL"} ${what}${ok ? "" : ` ${JSON.stringify(detail)}`}`);
-  if (!ok) failed += 1;
-}
-
-/** On a first visit the template browser opens some time after the page. */
-async function closeDialog(page) {
-  const dialog = page.getByRole("dialog");
-  await dialog.first().waitFor({ timeout: 5000 }).catch(() => {});
-  if (await dialog.count()) await page.keyboard.press("Escape");
-  await page.waitForTimeout(500);
-}
+const check = (...told) => checks.check(...told);
 
 function addNode(name) {
   window.app.graph.clear();
@@ -123,6 +111,48 @@ async function checkNarrow(name, page) {
   check(`${name}: a map wider than its node scrolls under its labels`, moved.wide && moved.left > 0 && moved.label === 0, moved);
 }
 
+/** Turns the wheel over a box; where the box was scrolled to, and whether the canvas moved. */
+async function turnWheel(page, selector, x, y) {
+  const place = await page.locator(selector).first().boundingBox();
+  await page.mouse.move(place.x + place.width / 2, place.y + place.height / 2);
+  const view = () => page.evaluate(() => [window.app.canvas.ds.scale, ...window.app.canvas.ds.offset].join());
+  const before = await view();
+  await page.mouse.wheel(x, y);
+  await page.waitForTimeout(500);
+  const to = await page.locator(selector).first().evaluate((e) => [e.scrollLeft, e.scrollTop]);
+  return { to, moved: (await view()) !== before };
+}
+
+async function checkWheel(name, page) {
+  await page.evaluate(() => {
+    document.querySelector(".calibquant-heatmap .cq-scroll").scrollLeft = 0;
+    document.querySelector(".calibquant-heatmap .cq-table").style.maxHeight = "60px";
+  });
+  const down = await turnWheel(page, ".calibquant-heatmap .cq-table", 0, 50);
+  check(`${name}: the wheel scrolls the table and not the canvas`, down.to[1] > 0 && !down.moved, down);
+  const sideways = await turnWheel(page, ".calibquant-heatmap .cq-scroll", 40, 0);
+  check(`${name}: the wheel scrolls the map sideways`, sideways.to[0] > 0 && !sideways.moved, sideways);
+}
+
+async function checkWidening(name, page) {
+  const width = () => page.evaluate(() => window.app.graph.nodes[0].size[0]);
+  const choose = (value) => page.evaluate((v) => {
+    window.app.graph.nodes[0].widgets.find((w) => w.name === "model_name").value = v;
+  }, value);
+  await choose(SMALL);
+  await queueAndWait(page, url);
+  const small = await width();
+  await choose(even);
+  await queueAndWait(page, url);
+  const [note, colours] = await page.evaluate(() => [document.querySelector(".cq-note").textContent,
+    new Set([...document.querySelectorAll(".cq-layer:not(.cq-kept)")].map((e) => e.style.background)).size]);
+  check(`${name}: differences within the sample's noise are one colour and called flat`, note.includes("flat") && colours === 1, [note, colours]);
+  await choose(model);
+  await queueAndWait(page, url);
+  check(`${name}: and no others`, !(await page.locator(".cq-note").textContent()).includes("flat"));
+  check(`${name}: a second model with more blocks widens the node`, (await width()) > small, [small, await width()]);
+}
+
 async function checkReturn(name, page) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.NewBlankWorkflow"));
   await page.waitForTimeout(1000);
@@ -138,12 +168,13 @@ async function run(name, vue) {
   try {
     await closeDialog(page);
     await page.evaluate(addNode, model);
-    await queueAndWait(page, url);
+    await checkWidening(name, page);
     await fit(page);
     const seen = await checkMap(name, page);
     await checkTooltip(name, page);
     await checkTable(name, page, seen);
     await checkNarrow(name, page);
+    await checkWheel(name, page);
     await checkReturn(name, page);
     check(`${name}: no error in the page`, errors.length === 0, errors);
   } finally {
@@ -153,4 +184,4 @@ async function run(name, vue) {
 
 await run("canvas", false);
 await run("vue", true);
-process.exit(failed ? 1 : 0);
+process.exit(checks.failed ? 1 : 0);

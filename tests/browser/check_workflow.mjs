@@ -4,18 +4,14 @@
 //
 // Prints one line per check; the exit status is 1 if any failed. Environment: see page.mjs.
 import { join } from "node:path";
-import { fit, openPage, queueAndWait } from "./page.mjs";
+import { checks, fit, openPage, queueAndWait } from "./page.mjs";
 
 const PACK = "ComfyUI-CalibQuant";
 const TITLE = "quantize_demo_model";
 const [url, shots] = process.argv.slice(2);
 if (!url) throw new Error("usage: check_workflow.mjs URL [FOLDER_FOR_SCREENSHOTS]");
 
-let failed = 0;
-function check(what, ok, detail = "") {
-  console.log(`${ok ? "ok  " : "FAIL"} ${what}${ok ? "" : ` ${JSON.stringify(detail)}`}`);
-  if (!ok) failed += 1;
-}
+const check = (...told) => checks.check(...told);
 
 async function openTemplate(page, name) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
@@ -92,4 +88,4 @@ async function run(name, vue) {
 
 await run("canvas", false);
 await run("vue", true);
-process.exit(failed ? 1 : 0);
+process.exit(checks.failed ? 1 : 0);

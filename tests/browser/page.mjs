@@ -48,6 +48,23 @@ export async function queueAndWait(page, url) {
   throw new Error(`prompt ${id} did not finish within ${PROMPT_MS} ms`);
 }
 
+/** One line per check on stdout; `failed` counts. */
+export const checks = {
+  failed: 0,
+  check(what, ok, detail = "") {
+    console.log(`${ok ? "ok  " : "FAIL"} ${what}${ok ? "" : ` ${JSON.stringify(detail)}`}`);
+    if (!ok) this.failed += 1;
+  },
+};
+
+/** On a first visit the template browser opens some time after the page. */
+export async function closeDialog(page) {
+  const dialog = page.getByRole("dialog");
+  await dialog.first().waitFor({ timeout: 5000 }).catch(() => {});
+  if (await dialog.count()) await page.keyboard.press("Escape");
+  await page.waitForTimeout(500);
+}
+
 /** Bring the whole graph into view. */
 export async function fit(page) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.Canvas.FitView"));
