@@ -87,8 +87,8 @@ class NVFP4(base.Linear):
         weights = importance.T.unsqueeze(1)  # [16, 1, count]
         off, room, errors = torch.empty_like(x), torch.empty_like(x), torch.empty_like(steps)
         for step, inverse, error in zip(steps, inverses, errors, strict=True):
-            torch.mul(x, inverse, out=off)
-            _snap_in_place(off, room).mul_(step).sub_(x).square_().view(BLOCK, rows, count).mul_(weights)
+            _snap_in_place(torch.mul(x, inverse, out=off), room).mul_(step).sub_(x)
+            off.square_().view(BLOCK, rows, count).mul_(weights)
             torch.sum(off[: BLOCK // 2].add_(off[BLOCK // 2 :]), 0, out=error)
         best = codes.gather(0, errors.argmin(0, keepdim=True))  # the first of equals
         return best.view(torch.float8_e4m3fn).view(rows, count)

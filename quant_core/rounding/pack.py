@@ -18,7 +18,7 @@ from .parallel import Each, workers
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
 CHUNK = 1 << 19
-CANDIDATES = 16  # about as many scales as a search tries
+SEARCHED = 1 << 16  # elements whose scales are searched at once: the search keeps float32 of them in the cache
 ROWS = 1024  # rows checked at once when nothing is rounded
 LARGEST = 2.0**120  # of weights: scales round up and GPTQ's feedback adds to them, and float32 ends at 2**128
 SAFE = 1e-20  # a float32 sum of squares above it has lost none that matter to underflow
@@ -87,7 +87,7 @@ def searched(
         flat, rows = _own_basis(weight.to(device), fmt, each), _chunk_rows(weight, fmt)
         amax, energy = _scan(flat, rows, where, each)
         tensor = _tensor_scale(flat, fmt, amax, per_column, rows, each)
-        parts, errors = zip(*each(search, flat.split(max(1, rows // CANDIDATES))), strict=True)
+        parts, errors = zip(*each(search, flat.split(max(1, SEARCHED // flat.shape[1]))), strict=True)
         return _packed(fmt, join(parts), sum(errors), energy)
 
 
