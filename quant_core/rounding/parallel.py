@@ -1,8 +1,8 @@
 """All cores for the parts of one tensor: several threads of ours, torch on one thread in each.
 
 torch's own way, many short parallel regions that wait for their slowest thread, collapses when another program takes a
-core: 8 s of work became 209 s in two threads on a machine shared by eight programs, 21 s in one. Parts that nobody
-waits for just take their share.
+core: a job of 10 CPU seconds took 209 s with two of its threads and 21 s with one (2 cores, load up to 8, n = 1).
+Parts that nobody waits for just take their share.
 """
 
 from __future__ import annotations
