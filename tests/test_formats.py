@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from quant_core.errors import CalibQuantError
 from quant_core.formats import FORMATS, FileTensors, Format, turn
 from quant_core.formats.base import power_of_two_at_least
-from quant_core.formats.nvfp4 import e2m1_value, round_e2m1
+from quant_core.formats.nvfp4 import e2m1_value, round_e2m1, snap_e2m1
 from quant_core.rounding import pack
 
 ROTATED_FORMATS = pytest.mark.parametrize("fmt", [FORMATS[n] for n in reference.ROTATED], ids=reference.ROTATED)
@@ -270,6 +270,13 @@ def test_e2m1_rounds_to_the_nearest_and_ties_to_even(x: float) -> None:
     expected = next(code for code in nearest if len(nearest) == 1 or code % 2 == 0)
     code = round_e2m1(torch.tensor([x])).item()
     assert code == expected + 8 * (math.copysign(1, x) < 0)
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False) | st.integers(-64, 64).map(lambda n: n / 8))
+@settings(max_examples=400, deadline=None)
+def test_snapping_to_e2m1_gives_the_bits_of_rounding_to_it(x: float) -> None:
+    around = torch.tensor([x]).nextafter(torch.tensor([-math.inf, x, math.inf]))
+    assert same_bits(snap_e2m1(around), e2m1_value(round_e2m1(around)))
 
 
 def test_e2m1_codes_have_the_values_of_the_table() -> None:

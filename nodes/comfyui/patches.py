@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import comfy
 import comfy.lora
 import comfy.quant_ops
 import comfy.utils
@@ -27,7 +26,7 @@ _MODEL_KEY = "diffusion_model."
 
 def check_core(plan: Plan) -> list[str]:
     """What the running ComfyUI cannot load of a plan; CalibQuantError for what it would draw noise from."""
-    return targets.check_core(plan, Path(comfy.__file__).resolve().parents[1])
+    return targets.check_core(plan, Path(comfy.quant_ops.__file__).resolve().parents[1])
 
 
 def require_pre_quant_scale() -> None:

@@ -18,7 +18,8 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 MAX_CONFIG = 1 << 16  # bytes of a comfy_quant tensor; ours has 60
 
 
-# What ComfyUI's loader acts on; group_size, orig_dtype and orig_shape are ignored there and differ between tools.
+# What ComfyUI's loader acts on; group_size (but for W4A8's), orig_dtype and orig_shape are ignored there and
+# differ between tools.
 LOADER_FIELDS = ("format", "full_precision_matrix_mult", "convrot", "convrot_groupsize", "linear_dtype")
 
 

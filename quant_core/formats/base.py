@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -183,16 +183,18 @@ def hadamard(size: int, device: torch.device) -> torch.Tensor:
     return (matrix / size**0.5).to(device)
 
 
-def turn(x: torch.Tensor, size: int) -> torch.Tensor:
+def turn(x: torch.Tensor, size: int, each: Callable[..., Iterable[torch.Tensor]] = map) -> torch.Tensor:
     """``x`` [n, in] with its columns rotated in blocks of ``size`` (0: as it is), float32; turned twice it is x again.
 
-    Turning both a weight and its inputs leaves their product as it is.
+    Turning both a weight and its inputs leaves their product as it is. each: a ``map`` for the parts of x.
     """
     if not size:
         return x
     matrix = hadamard(size, x.device)
-    parts = x.float().split(max(1, TURNED // x.shape[1]))  # as many rows at once as comfy-kitchen: equal bits
-    return torch.cat([(part.reshape(len(part), -1, size) @ matrix.T).view_as(part) for part in parts])
+    parts = x.split(max(1, TURNED // x.shape[1]))  # as many rows at once as comfy-kitchen: equal bits
+    return torch.cat(
+        list(each(lambda part: (part.float().reshape(len(part), -1, size) @ matrix.T).view(part.shape), parts))
+    )
 
 
 def largest_block(columns: int) -> int:

@@ -20,7 +20,8 @@ from .base import Codes, FileTensors, Frame, Layout, Shape, roundup
 BLOCK = 16
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-QUARTERS = 25  # of one: all above 6 rounds to 6
+EXPONENT, ONE = 0x7F800000, 0x3F800000  # bits of a float32: its exponent, and 1.0
+TO_MIDDLE = (22 << 23) + (1 << 22)  # what makes 1.5 * 2**22 p of a power of two p
 
 
 class NVFP4(base.Linear):
@@ -57,8 +58,7 @@ class NVFP4(base.Linear):
     def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
         weight = base.pad(weight, BLOCK)
         blocks = weight.view(weight.shape[0], -1, BLOCK)
-        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / tensor)  # 0 / 0 in an all-zero tensor
-        scale = wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+        scale = _nearest_scale(blocks.abs().amax(-1), tensor)
         frame = Frame(tensor)
         return Codes(self.codes(weight, scale, frame), scale, frame)
 
@@ -77,16 +77,21 @@ class NVFP4(base.Linear):
     def choose(self, blocks: torch.Tensor, frame: Frame, importance: torch.Tensor) -> torch.Tensor:
         # 13 codes around the nearest rule's (one E4M3 code is 1/8 octave; "4 over 6" is among them) do as well as
         # all 126 (facts/peers.md §3.1)
-        wanted = torch.nan_to_num(blocks.abs().amax(-1) / E2M1_MAX / frame.tensor).clamp(max=E4M3_MAX)
-        nearest = wanted.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-        shifts = torch.tensor(sorted(range(-4, 9), key=abs), device=blocks.device, dtype=torch.int16).view(-1, 1, 1)
-        best = base.best_scale(
-            blocks,
-            importance,
-            (nearest + shifts).clamp_(0, 126).to(torch.uint8),
-            lambda code: self.grid(code.view(torch.float8_e4m3fn), frame),
-        )
-        return best.view(torch.float8_e4m3fn)
+        rows, count, _ = blocks.shape
+        x = blocks.reshape(-1, BLOCK).T.contiguous()  # [16, n]: blocks side by side, three times as fast
+        nearest = _nearest_scale(x.abs().amax(0), frame.tensor).view(torch.uint8).to(torch.int16)
+        shifts = torch.tensor(sorted(range(-4, 9), key=abs), device=x.device, dtype=torch.int16).unsqueeze(1)
+        codes = (nearest + shifts).clamp_(0, 126).to(torch.uint8)  # [13, n]
+        steps = self.step(codes.view(torch.float8_e4m3fn), frame)
+        inverses = torch.where(steps == 0, 0.0, 1.0 / steps)
+        weights = importance.T.unsqueeze(1)  # [16, 1, count]
+        off, room, errors = torch.empty_like(x), torch.empty_like(x), torch.empty_like(steps)
+        for step, inverse, error in zip(steps, inverses, errors, strict=True):
+            _snap_in_place(torch.mul(x, inverse, out=off), room).mul_(step).sub_(x)
+            off.square_().view(BLOCK, rows, count).mul_(weights)
+            torch.sum(off[: BLOCK // 2].add_(off[BLOCK // 2 :]), 0, out=error)
+        best = codes.gather(0, errors.argmin(0, keepdim=True))  # the first of equals
+        return best.view(torch.float8_e4m3fn).view(rows, count)
 
     def step(self, scale: torch.Tensor | None, frame: Frame) -> torch.Tensor:
         return frame.tensor * scale.float()
@@ -140,19 +145,26 @@ def e2m1_value(code: torch.Tensor) -> torch.Tensor:
 
 
 def snap_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """float32 value of the nearest E2M1 code of finite x, at half the cost of code and value.
+    """float32 value of the nearest E2M1 code of finite x, at half the cost of code and value."""
+    return _snap_in_place(x.clone(), torch.empty_like(x)).copysign_(x)
 
-    What x rounds to depends on the quarters below and above it alone: a tie lies on a quarter.
+
+def _snap_in_place(y: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """Contiguous float32 y rounded to E2M1 values, without the sign of zeros. room: as y, overwritten.
+
+    With p the power of two at or below max(|y|, 1), values are multiples of p / 2, and so are all float32 between
+    2**22 p and 2**23 p: adding the middle of these and taking it away again rounds y to them, ties to even codes.
     """
-    quarters = (x * 4).clamp_(-QUARTERS, QUARTERS)
-    place = quarters.floor().add_(quarters.ceil()).add_(2 * QUARTERS)
-    return _snapped(x.device).index_select(0, place.reshape(-1).int()).view(x.shape)
+    bits = room.view(torch.int32)
+    torch.bitwise_and(y.clamp_(-E2M1_MAX, E2M1_MAX).view(torch.int32), EXPONENT, out=bits)
+    bits.clamp_(min=ONE).add_(TO_MIDDLE)
+    return y.add_(room).sub_(room)
 
 
-@lru_cache
-def _snapped(device: torch.device) -> torch.Tensor:
-    places = torch.arange(-2 * QUARTERS, 2 * QUARTERS + 1) / 8  # a quarter each, and the middle between two
-    return e2m1_value(round_e2m1(places)).to(device)
+def _nearest_scale(amax: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Block scales, float8_e4m3fn, by the nearest rule from the largest weights of blocks."""
+    wanted = torch.nan_to_num(amax / E2M1_MAX / tensor)  # 0 / 0 in an all-zero tensor
+    return wanted.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 @lru_cache

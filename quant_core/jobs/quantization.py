@@ -14,7 +14,7 @@ from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..files.checkpoint import Checkpoint, Hasher, Writer, check_target
 from ..files.disk import stat_of
-from ..formats import SOURCE
+from ..formats import SOURCE, FileTensors
 from ..models.source import Source
 from ..planning.layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
 from ..planning.plan import Plan
@@ -24,7 +24,9 @@ from ..reports.report import LayerReport, Report
 from ..rounding.choice import WITH_BIAS, Rounder
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
+from ..rounding.parallel import threads
 from . import verification
+from .pipeline import Behind, ahead
 
 # Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
 Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -103,36 +105,50 @@ def _write_tensors(
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
     written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
-    reports = []
-    for i, key in enumerate(keys):
-        progress(i, len(keys), key)
-        if key in written:  # with its layer
-            continue
+
+    def read(key: str) -> torch.Tensor | None:
+        """What is more than a copy."""
         layer = key.removesuffix(".weight")
-        entry = plan.layers.get(layer) if key.endswith(".weight") else None
-        if entry and entry.format != SOURCE:
-            reports.append(_write_layer(source, layer, entry, writer, rounder, merge))
-            continue
-        if entry:
-            weight = _merged(source.load(layer), key, merge).to(source.kept_dtype(layer))
-            refuse_damaged(weight, f"{source.path}: layer {layer}")
-            writer.write(key, weight)
-            reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), weight.nbytes, entry.reason))
-        elif source.is_scaled(key):
-            writer.write(key, _merged(source.load(layer), key, merge).to(source.kept_dtype(layer)))
-        elif key in merge:
-            tensor = source.checkpoint.read(key)
-            writer.write(key, _merged(tensor, key, merge).to(tensor.dtype))
-        else:
-            writer.write_chunks(key, source.checkpoint.chunks(key))
+        if source.is_scaled(key) or (key != layer and layer in plan.layers):
+            return source.load(layer)
+        return source.checkpoint.read(key) if key in merge and key not in written else None
+
+    reports = []
+    with threads(1) as reader, threads(1) as writing:
+        put = Behind(writing)
+        for i, (key, coming) in enumerate(ahead(reader, read, keys)):
+            progress(i, len(keys), key)
+            if key in written:  # with its layer
+                continue
+            layer, tensor = key.removesuffix(".weight"), coming.result()
+            entry = plan.layers.get(layer) if key.endswith(".weight") else None
+            if tensor is None:
+                put(writer.write_chunks, key, source.checkpoint.chunks(key))
+            elif entry and entry.format != SOURCE:
+                tensors, report = _round(source, layer, entry, _merged(tensor, key, merge), rounder, merge)
+                put(_write_all, writer, tensors)
+                reports.append(report)
+            else:
+                kept = source.kept_dtype(layer) if entry or source.is_scaled(key) else tensor.dtype
+                tensor = _merged(tensor, key, merge).to(kept)
+                if entry:
+                    refuse_damaged(tensor, f"{source.path}: layer {layer}")
+                    reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), tensor.nbytes, entry.reason))
+                put(writer.write, key, tensor)
+        put.wait()
     progress(len(keys), len(keys), "done")
     return reports
 
 
-def _write_layer(
-    source: Source, layer: str, entry: LayerPlan, writer: Writer, rounder: Rounder, merge: Merge
-) -> LayerReport:
-    weight = _merged(source.load(layer), f"{layer}.weight", merge)
+def _write_all(writer: Writer, tensors: FileTensors) -> None:
+    for key, tensor in tensors.items():
+        writer.write(key, tensor)
+
+
+def _round(
+    source: Source, layer: str, entry: LayerPlan, weight: torch.Tensor, rounder: Rounder, merge: Merge
+) -> tuple[FileTensors, LayerReport]:
+    """The tensors of a layer under their keys, its bias among them."""
     bias = _bias(source, layer, merge)
     done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}", bias)
     packed, tensors = done.packed, {**done.packed.tensors}
@@ -142,13 +158,9 @@ def _write_layer(
     config = layer_config(entry, source.shape(layer))
     if config is not None:
         tensors["comfy_quant"] = encode_config(config)
-    for suffix, tensor in tensors.items():
-        writer.write(f"{layer}.{suffix}", tensor)
-    if bias is not None:
-        writer.write(_bias_key(layer), bias if done.bias is None else done.bias)
     nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
     error = packed.error / packed.energy if packed.energy else packed.error
-    return LayerReport(
+    report = LayerReport(
         layer,
         entry.format,
         error,
@@ -163,6 +175,10 @@ def _write_layer(
         0.0 if done.bias is None or bias is None else (done.bias.float() - bias.float()).norm().item(),
         done.held_out,
     )
+    stored = {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    if bias is not None:
+        stored[_bias_key(layer)] = bias if done.bias is None else done.bias
+    return stored, report
 
 
 def _bias_key(layer: str) -> str:

@@ -1,7 +1,7 @@
 """How one weight is rounded: to nearest, with searched scales, or by GPTQ (``gptq``).
 
-On the CPU chunk by chunk; on a GPU nearest rounding is comfy-kitchen's kernels. Formats know how to round; this module
-knows what to ask of them.
+On the CPU chunk by chunk in several threads; on a GPU nearest rounding is comfy-kitchen's kernels. Formats know how to
+round; this module knows what to ask of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from ..errors import CalibQuantError
 from ..files.text import counted
 from ..formats import Codes, FileTensors, Format, Frame, join, turn
 from . import gptq, hswq
+from .parallel import Each, workers
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
 CHUNK = 1 << 19
-CANDIDATES = 16  # about as many scales as a search tries
+SEARCHED = 1 << 16  # elements whose scales are searched at once: the search keeps float32 of them in the cache
 ROWS = 1024  # rows checked at once when nothing is rounded
 LARGEST = 2.0**120  # of weights: scales round up and GPTQ's feedback adds to them, and float32 ends at 2**128
 SAFE = 1e-20  # a float32 sum of squares above it has lost none that matter to underflow
@@ -53,12 +54,15 @@ def nearest(
     scale: a per-tensor scale (float32 scalar) chosen elsewhere, instead of the format's own rule.
     ``where`` ("FILE: layer L") begins the message of the CalibQuantError raised for a NaN or Inf weight.
     """
-    flat, rows = own_basis(weight.reshape(weight.shape[0], -1), fmt), _chunk_rows(weight, fmt)
-    if device.type != "cpu":
-        flat, rows = flat.to(device), flat.shape[0]
-    amax, energy = _scan(weight, flat, rows, where)
-    scale = fmt.tensor(flat, amax) if scale is None else scale.to(flat.device)
-    tensors, error = (_by_chunks if device.type == "cpu" else _by_kernel)(flat, fmt, scale, rows)
+    with workers(device) as each:
+        flat = own_basis(weight.reshape(weight.shape[0], -1), fmt, each).to(device)
+        rows = _chunk_rows(weight, fmt) if device.type == "cpu" else flat.shape[0]
+        amax, energy = _scan(weight, flat, rows, where, each)
+        scale = fmt.tensor(flat, amax) if scale is None else scale.to(device)
+        if device.type == "cpu":
+            tensors, error = _by_chunks(flat, fmt, scale, rows, each)
+        else:
+            tensors, error = _by_kernel(flat, fmt, scale)
     if weight.dim() != 2:  # Conv weights are rounded as matrices and stored in their own shape
         tensors["weight"] = tensors["weight"].view(weight.shape)
     return Packed({name: tensor.cpu() for name, tensor in tensors.items()}, error, energy)
@@ -71,42 +75,40 @@ def searched(
 
     weight: [out, in]; importance: float32 [in], E[x^2] in the format's own basis, or None for the plain squared error.
     """
-    flat, rows = own_basis(weight.to(device), fmt), _chunk_rows(weight, fmt)
-    amax, energy = _scan(weight, flat, rows, where)
-    per_column = torch.ones(weight.shape[1]) if importance is None else importance
-    per_column = per_column.to(device)
-    tensor = _tensor_scale(flat, fmt, amax, per_column, rows)
-    few = max(fmt.rows, rows // CANDIDATES // fmt.rows * fmt.rows)
-    parts = [_search_chunk(chunk.float(), fmt, tensor, per_column) for chunk in flat.split(few)]
-    error = sum(
-        squared_distance(chunk.float(), fmt.dequantize(codes, tuple(chunk.shape)))
-        for chunk, codes in zip(flat.split(few), parts, strict=True)
-    )
-    return _packed(fmt, join(parts), error, energy)
+    per_column = (torch.ones(weight.shape[1]) if importance is None else importance).to(device)
+
+    def search(chunk: torch.Tensor) -> tuple[Codes, float]:
+        chunk, group = chunk.float(), fmt.group or chunk.shape[1]
+        frame = fmt.frame(chunk, tensor)
+        chosen = fmt.choose(chunk.view(len(chunk), -1, group), frame, per_column.view(-1, group))
+        codes = Codes(fmt.codes(chunk, chosen, frame), chosen, frame)
+        return codes, squared_distance(chunk, fmt.dequantize(codes, tuple(chunk.shape)))
+
+    with workers(device) as each:
+        flat, rows = own_basis(weight.to(device), fmt, each), _chunk_rows(weight, fmt)
+        amax, energy = _scan(weight, flat, rows, where, each)
+        tensor = _tensor_scale(flat, fmt, amax, per_column, rows, each)
+        parts, errors = zip(*each(search, flat.split(max(1, SEARCHED // flat.shape[1]))), strict=True)
+        return _packed(fmt, join(parts), sum(errors), energy)
 
 
 def shared_scale(weight: torch.Tensor, fmt: Format) -> torch.Tensor | None:
     """``Frame.tensor`` of a whole weight [out, in], for those who round a part of it."""
-    flat = own_basis(weight, fmt)
-    return fmt.tensor(flat, flat.abs().amax().float())
+    with workers(weight.device) as each:
+        flat = own_basis(weight, fmt, each)
+        return fmt.tensor(flat, flat.abs().amax().float())
 
 
-def own_basis(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
-    return turn(weight, fmt.rotation(weight.shape[1]))
+def own_basis(weight: torch.Tensor, fmt: Format, each: Each) -> torch.Tensor:
+    return turn(weight, fmt.rotation(weight.shape[1]), each)
 
 
 def _chunk_rows(weight: torch.Tensor, fmt: Format) -> int:
     return max(1, CHUNK * weight.shape[0] // weight.numel() // fmt.rows) * fmt.rows
 
 
-def _search_chunk(chunk: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, importance: torch.Tensor) -> Codes:
-    group, frame = fmt.group or chunk.shape[1], fmt.frame(chunk, tensor)
-    chosen = fmt.choose(chunk.view(len(chunk), -1, group), frame, importance.view(-1, group))
-    return Codes(fmt.codes(chunk, chosen, frame), chosen, frame)
-
-
 def _tensor_scale(
-    flat: torch.Tensor, fmt: Format, amax: torch.Tensor, importance: torch.Tensor, rows: int
+    flat: torch.Tensor, fmt: Format, amax: torch.Tensor, importance: torch.Tensor, rows: int, each: Each
 ) -> torch.Tensor | None:
     """The format's own ``Frame.tensor``, or a searched scale where the tensor's scale is all there is."""
     own = fmt.tensor(flat, amax)
@@ -117,8 +119,12 @@ def _tensor_scale(
 
     def cost(scale: torch.Tensor) -> float:
         grid = fmt.grid(None, Frame(scale))
-        chunks = (chunk.float() for chunk in flat.split(rows))
-        return sum(((grid.snap(x) - x).square() @ importance).sum().item() for x in chunks)
+
+        def part(chunk: torch.Tensor) -> float:
+            chunk = chunk.float()
+            return ((grid.snap(chunk) - chunk).square() @ importance).sum().item()
+
+        return sum(each(part, flat.split(rows)))
 
     # The histogram is exact for 16-bit weights only; of float32 ones (a baked LoRA) it keeps ten mantissa bits.
     return found if cost(found) < cost(own) else own
@@ -137,9 +143,11 @@ def by_gptq(
     inputs: of rows in the format's own basis, on ``device``; tensor: ``Frame.tensor`` of the whole that ``weight`` is
     a part of.
     """
-    flat = own_basis(weight.to(device, torch.float32), fmt)
-    amax, energy = _scan(weight, flat, CHUNK // flat.shape[1] + 1, where)
-    codes = gptq.quantize(flat, fmt, fmt.tensor(flat, amax) if tensor is None else tensor.to(device), inputs)
+    with workers(device) as each:
+        flat = own_basis(weight.to(device, torch.float32), fmt, each)
+        amax, energy = _scan(weight, flat, CHUNK // flat.shape[1] + 1, where, each)
+        tensor = fmt.tensor(flat, amax) if tensor is None else tensor.to(device)
+    codes = gptq.quantize(flat, fmt, tensor, inputs)
     return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
 
 
@@ -147,28 +155,32 @@ def _packed(fmt: Format, codes: Codes, error: float, energy: float) -> Packed:
     return Packed({name: tensor.cpu() for name, tensor in fmt.pack(codes).items()}, error, energy)
 
 
-def _scan(weight: torch.Tensor, flat: torch.Tensor, rows: int, where: str) -> tuple[torch.Tensor, float]:
+def _scan(weight: torch.Tensor, flat: torch.Tensor, rows: int, where: str, each: Each) -> tuple[torch.Tensor, float]:
     """max|w| (float32 scalar) and ||w||^2 of ``flat``, with the check that every weight is finite and can be rounded.
 
     ``flat`` is ``weight`` in a format's own basis, where one bad value has spoiled a whole block.
     """
-    amax, energy = torch.zeros((), device=flat.device), 0.0
-    for chunk in flat.split(rows):
+
+    def scan(chunk: torch.Tensor) -> tuple[torch.Tensor, float]:
         chunk = chunk.float()
-        amax = torch.maximum(amax, chunk.abs().amax())  # NaN wins in both
-        energy += squared_norm(chunk)
+        return chunk.abs().amax(), squared_norm(chunk)
+
+    largest, energies = zip(*each(scan, flat.split(rows)), strict=True)
+    amax = torch.stack(largest).amax()  # NaN wins in both
     if not amax <= LARGEST:
         refuse_damaged(weight, where)
         raise CalibQuantError(
             f"{where}: weights up to {weight.float().abs().amax():.2g} are too large to be quantized: keep it in bf16"
         )
-    return amax, energy
+    return amax, sum(energies)
 
 
 def refuse_damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> None:
     """CalibQuantError for a weight or bias with NaN or Inf values that is not rounded, only copied or corrected."""
-    if not all(torch.isfinite(chunk.float().abs().amax()) for chunk in tensor.split(ROWS) if chunk.numel()):
-        raise CalibQuantError(_damaged(tensor, where, what))
+    chunks = [chunk for chunk in tensor.split(ROWS) if chunk.numel()]
+    with workers(tensor.device) as each:
+        if not all(each(lambda chunk: bool(torch.isfinite(chunk.float().abs().amax())), chunks)):
+            raise CalibQuantError(_damaged(tensor, where, what))
 
 
 def _damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> str:
@@ -177,19 +189,23 @@ def _damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> str:
     return f"{where}: the {what} has {counted(bad, f'{kind} value')}: the source file is damaged"
 
 
-def _by_chunks(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
-    parts, error = [], 0.0
-    for chunk in flat.split(rows):
+def _by_chunks(
+    flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int, each: Each
+) -> tuple[FileTensors, float]:
+    def quantize(chunk: torch.Tensor) -> tuple[Codes, float]:
         chunk = chunk.float()
-        parts.append(fmt.quantize(chunk, tensor))
-        error += squared_distance(chunk, fmt.dequantize(parts[-1], tuple(chunk.shape)))
-    return fmt.pack(join(parts)), error
+        codes = fmt.quantize(chunk, tensor)
+        return codes, squared_distance(chunk, fmt.dequantize(codes, tuple(chunk.shape)))
+
+    parts, errors = zip(*each(quantize, flat.split(rows)), strict=True)
+    return fmt.pack(join(parts)), sum(errors)
 
 
-def _by_kernel(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int) -> tuple[FileTensors, float]:
+def _by_kernel(flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None) -> tuple[FileTensors, float]:
     flat = flat.float()
     tensors = fmt.kernel(flat, tensor)
-    return tensors, squared_distance(flat, own_basis(fmt.decode(tensors, tuple(flat.shape)), fmt))
+    decoded = turn(fmt.decode(tensors, tuple(flat.shape)), fmt.rotation(flat.shape[1]))
+    return tensors, squared_distance(flat, decoded)
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -1,0 +1,54 @@
+"""All cores for the parts of one tensor: several threads of ours, torch on one thread in each.
+
+torch's own way, many short parallel regions that wait for their slowest thread, collapses when another program takes a
+core: a job of 10 CPU seconds took 209 s with two of its threads and 21 s with one (2 cores, load up to 8, n = 1).
+Parts that nobody waits for just take their share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+class Each(Protocol):
+    """``map`` whose results are all there, in order; the first part's error, of several, is raised."""
+
+    def __call__(self, function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]: ...
+
+
+@contextmanager
+def threads(count: int) -> Iterator[Executor]:
+    """Threads that run torch on one thread each. Leaving the block waits for calls under way and drops the others."""
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)  # a thread's own number is also that of all threads to come
+
+
+@contextmanager
+def workers(device: torch.device) -> Iterator[Each]:
+    """As many threads as torch may use here; the caller's thread, too, runs torch on one until the block ends.
+
+    On a GPU parts are done one after another, as its kernels are.
+    """
+    count = torch.get_num_threads()
+    if count == 1 or device.type != "cpu":
+        yield lambda function, parts: list(map(function, parts))
+        return
+    with threads(count) as pool:
+        torch.set_num_threads(1)
+        try:
+            yield lambda function, parts: list(pool.map(function, parts))
+        finally:
+            torch.set_num_threads(count)
