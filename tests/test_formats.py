@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from quant_core.errors import CalibQuantError
@@ -168,6 +168,7 @@ def test_the_cuda_kernels_give_the_bits_of_the_cpu(fmt: Format, shape: tuple[int
 @given(weight=weights())
 def test_three_decoders_agree(fmt: Format, weight: torch.Tensor) -> None:
     weight = fitting(fmt, weight)
+    assume(weight.abs().max() < pack.LARGEST or fmt.name not in reference.ROTATED)  # such are refused by name
     scale, shape = nearest_scale(fmt, weight), tuple(weight.shape)
     codes = fmt.quantize(own_basis(fmt, weight), scale)
     tensors = fmt.pack(codes)
@@ -179,7 +180,7 @@ def test_three_decoders_agree(fmt: Format, weight: torch.Tensor) -> None:
         return
     exact = torch.tensor(reference.decode(fmt.name, tensors, shape))  # the rotation of theirs and ours is in float32
     size = fmt.rotation(shape[1])
-    assert (decoded - exact).abs().amax() <= 1e-6 * size**0.5 * expected.abs().amax() + 1e-43
+    assert (decoded - exact).abs().amax() <= 1e-5 * size**0.5 * expected.abs().amax() + 1e-43
 
 
 # Largest |w - q| / max|w| in the format's own basis. NVFP4: half the step from 4 to 6, and 1/16 for the E4M3 scale.
@@ -329,8 +330,8 @@ def test_any_float_dtype_is_rounded_as_its_float32_value(fmt: Format, dtype: tor
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (math.nan, "the weight has 1 NaN values"),
-        (math.inf, "the weight has 1 Inf values"),
+        (math.nan, "the weight has 1 NaN value"),
+        (math.inf, "the weight has 1 Inf value"),
         (3e38, r"weights up to 3e\+38 are too large"),
     ],
 )

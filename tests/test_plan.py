@@ -190,7 +190,9 @@ def test_an_input_scale_that_no_loader_can_use_is_refused(scale: str, file: Path
     message = r"layer layers\.0\.attention\.out: input_scale "
     layer = text.index('"layers.0.attention.out"')
     damaged = text[:layer] + text[layer:].replace('"input_scale": null', f'"input_scale": {scale}', 1)
-    with pytest.raises(CalibQuantError, match=f"^p.json: {message}"):
+    # What is no number in JSON is named by its place in the document, a number of 400 digits by its length.
+    no_number = "number of 400 digits" if len(scale) > 20 else r"layers\.0\.attention\.out / input_scale is"
+    with pytest.raises(CalibQuantError, match=f"^p.json: ({message}|is no plan .*{no_number})"):
         plan.from_json(damaged, "p.json")
     made = make_plan(file, "fp8")
     entry = replace(made.layers["layers.0.attention.out"], input_scale=json.loads(scale))

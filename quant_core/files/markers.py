@@ -86,4 +86,5 @@ def _acted_on(path: Path, layer: str, config: Any) -> dict[str, Any]:
     fmt = config.get("format") if isinstance(config, dict) else None
     if not isinstance(fmt, str) or not fmt.isprintable():
         raise CalibQuantError(f"{path}: layer {layer} has quantization data without a format: the file is damaged")
-    return {name: config[name] for name in LOADER_FIELDS if config.get(name)}
+    fields = (*LOADER_FIELDS, "group_size") if fmt == "asym_w4a8_int8" else LOADER_FIELDS
+    return {name: config[name] for name in fields if config.get(name)}
