@@ -21,17 +21,18 @@ from ...quant_core.planning import targets
 from ...quant_core.planning.plan import Plan
 from ...quant_core.rounding import smoothing
 
+CORE = Path(comfy.quant_ops.__file__).resolve().parents[1]  # the running ComfyUI
 _MODEL_KEY = "diffusion_model."
 
 
 def check_core(plan: Plan) -> list[str]:
     """What the running ComfyUI cannot load of a plan; CalibQuantError for what it would draw noise from."""
-    return targets.check_core(plan, Path(comfy.quant_ops.__file__).resolve().parents[1])
+    return targets.check_core(plan, CORE)
 
 
 def require_pre_quant_scale() -> None:
     """CalibQuantError when this ComfyUI's loader ignores ``pre_quant_scale``, and would render noise for it."""
-    if smoothing.KEY not in comfy.quant_ops.QUANT_ALGOS["nvfp4"]["parameters"]:
+    if targets.SMOOTHED.missing(CORE):
         raise CalibQuantError(
             f"this ComfyUI ({comfyui_version.__version__}) ignores {smoothing.KEY}: switch it off, or update ComfyUI"
         )
