@@ -23,7 +23,7 @@ BLOCKS = (256, 64, 16)  # of columns that are rotated together, best first
 class Frame:
     """What holds for whole rows before groups of columns get a scale of their own.
 
-    tensor: float32 scalar, the scale of the whole tensor (NVFP4, FP8), or float32 [levels], its codebook (W4A8).
+    tensor: float32 scalar, the scale of the whole tensor (NVFP4, FP8), or float32 [levels], its table (W4A8, W6A8).
     rows: float32 [R, 1], a scale per row (W4A8). None where a format has no such thing.
     """
 

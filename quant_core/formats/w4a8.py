@@ -5,7 +5,7 @@ table[code] * group scale), ±127) is an INT8 integer, and weight = level * row 
 levels, rotates the inputs, rounds them to INT8 row by row and multiplies integers.  The table of 4-bit codes is stored
 (16 levels, Lloyd-Max of a Gaussian group); that of 6-bit codes is -31 … 31, stored as 1 … 63.
 
-File layout: facts of comfy-kitchen's ``AsymW4A8Int8Layout`` (0.2.31; 6 bits since 0.2.40).  The symmetric kind only:
+File layout: facts of comfy-kitchen's ``AsymW4A8Int8Layout`` (0.2.31; 6 bits since 0.2.38).  The symmetric kind only:
 the loader drops the correction tensor of the other.
 """
 
@@ -107,7 +107,7 @@ class W4A8:
 
     def dequantize(self, codes: Codes, shape: Shape) -> torch.Tensor:
         assert codes.scale is not None and codes.frame.rows is not None
-        values = self._levels(codes.frame.tensor)[codes.data.int()].view(len(codes.data), -1, GROUP)
+        values = _levels(codes.frame)[codes.data.int()].view(len(codes.data), -1, GROUP)
         return _to_int8(values, codes.scale.unsqueeze(-1)).view(codes.data.shape) * codes.frame.rows
 
     def choose(self, blocks: torch.Tensor, frame: Frame, importance: torch.Tensor) -> torch.Tensor:
@@ -123,15 +123,10 @@ class W4A8:
 
     def grid(self, scale: torch.Tensor | None, frame: Frame) -> Levels:
         assert scale is not None and frame.rows is not None
-        values = _to_int8(self._levels(frame.tensor), scale.unsqueeze(-1))
+        values = _to_int8(_levels(frame), scale.unsqueeze(-1))
         return Levels(
             values.reshape(scale.numel(), -1), frame.rows.view(-1, *[1] * (scale.dim() - 1)).expand(scale.shape)
         )
-
-    def _levels(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Values of the codes 0 … in ascending order, before a group's scale."""
-        assert tensor is not None
-        return tensor
 
     def _nearby(self, code: torch.Tensor) -> torch.Tensor:
         """The E4M3 codes that the nearest rule chooses from, the fitted one first: [candidates, …]."""
@@ -139,8 +134,8 @@ class W4A8:
 
     def _near(self, scaled: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
         """The values nearest to weights over their group's scale, not yet INT8 levels."""
-        levels = self._levels(tensor)
-        return levels[_index(scaled, levels)]
+        assert tensor is not None
+        return tensor[_index(scaled, tensor)]
 
     def _top(self) -> float:
         """What the group scale is multiplied by in the largest weight, about."""
@@ -154,7 +149,7 @@ class W4A8:
             "weight": pack_nibbles(codes.data),
             "weight_s_rel": codes.scale.view(torch.uint8),
             "weight_s_channel": codes.frame.rows.reshape(-1),
-            "weight_codebook": self._levels(codes.frame.tensor),
+            "weight_codebook": _levels(codes.frame),
         }
 
     def kernel(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> FileTensors:
@@ -192,8 +187,8 @@ class W6A8(W4A8):
     def layout(self, shape: Shape) -> Layout:
         return {name: spec for name, spec in super().layout(shape).items() if name != "weight_codebook"}
 
-    def tensor(self, weight: torch.Tensor, amax: torch.Tensor) -> None:
-        return None
+    def tensor(self, weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+        return torch.arange(-self.most, self.most + 1, dtype=torch.float32, device=weight.device)
 
     def quantize(self, weight: torch.Tensor, tensor: torch.Tensor | None) -> Codes:
         fitted, frame = self._nearest_scales(weight, tensor)
@@ -206,9 +201,6 @@ class W6A8(W4A8):
             lambda c: self.grid(c.view(torch.float8_e4m3fn), unit),
         ).view(torch.float8_e4m3fn)
         return Codes(self.codes(weight, scale, frame), scale, frame)
-
-    def _levels(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        return torch.arange(-self.most, self.most + 1, dtype=torch.float32)
 
     def _nearby(self, code: torch.Tensor) -> torch.Tensor:
         return torch.stack([code, (code - 1).clamp(min=1), (code + 1).clamp(max=126)])
@@ -259,6 +251,12 @@ def _index(wanted: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     low, high = (above - 1).clamp_(min=0), above.clamp_(max=levels.shape[-1] - 1)
     at = (lambda i: levels[i]) if levels.dim() == 1 else (lambda i: levels.gather(1, i))
     return torch.where((wanted - at(high)).abs_() < (wanted - at(low)).abs_(), high, low)
+
+
+def _levels(frame: Frame) -> torch.Tensor:
+    """Values of the codes 0 … in ascending order, before a group's scale."""
+    assert frame.tensor is not None
+    return frame.tensor
 
 
 def _to_int8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

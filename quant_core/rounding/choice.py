@@ -23,6 +23,8 @@ FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that 
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
 SEARCH_PAYS = ("nvfp4",)
+# Of GPTQ's error when a trial is judged by held-out runs: a trial is fitted to fewer runs than the file will be. Demo
+# model, NVFP4, true error of 4 / 8 runs: 1.56e-3 / 1.42e-3 without it, 1.52e-3 / 1.00e-3 with .5 or .25.
 TRIAL_HANDICAP = 0.5
 WITH_BIAS = "+bias"  # after a rounding's name: the bias takes up the mean error
 
@@ -116,7 +118,7 @@ class _Task:
         return self.fmt.decode(packed.tensors, tuple(self.weight.shape))
 
 
-# Inputs, whether they are to be centered, whether the held-out ones count too -> what GPTQ needs, or why there is none
+# Layer, whether its held-out inputs count too -> what GPTQ needs, or why there is none
 _FactorOf = Callable[[_Task, bool], gptq.Factor | str]
 
 
@@ -292,7 +294,6 @@ def _judge(task: _Task, decoded: dict[str, torch.Tensor]) -> tuple[dict[str, flo
             bias = _corrected(task.bias, task.weight, weight, task.inputs.fitted_mean)
             shifts[name + WITH_BIAS] = shift = bias.float() - task.bias.float()
             errors[name + WITH_BIAS] = judge.error(weight, shift)
-    # A trial is fitted to fewer runs than the file will be, so it must be clearly worse to be turned down.
     handicap = {name: TRIAL_HANDICAP if task.inputs.runs and name.startswith("gptq") else 1.0 for name in errors}
     best = min(reversed(errors), key=lambda name: errors[name] * handicap[name])
     fed = as_loaded(task.fmt, judge.rows, task.entry)
