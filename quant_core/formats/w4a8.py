@@ -1,4 +1,4 @@
-"""W4A8 and W6A8: 4- or 6-bit codes of an INT8 grid, in a rotated basis (4.53 or 6.53 bits a weight).
+"""W4A8 and W6A8: 4- or 6-bit codes of an INT8 grid, in a rotated basis (4.5 or 6.5 bits a weight and 32 a row).
 
 In the rotated basis a group of 16 weights has one E4M3 scale and a row has one float32 scale; level = clamp(round(
 table[code] * group scale), ±127) is an INT8 integer, and weight = level * row scale.  The kernel decodes codes to

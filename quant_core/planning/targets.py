@@ -52,8 +52,8 @@ class Target:
 _W4A8 = {"capability": "8.0", "cards": "RTX 30 and newer", "core": "0.31", "word": '"asym_w4a8_int8"'}
 TARGETS: dict[str, Target] = {
     "nvfp4": Target("NVFP4", 4.5, "10.0", "RTX 50"),
-    "asym_w4a8_int8": Target("W4A8", 4.53, **_W4A8),
-    "asym_w6a8_int8": Target("W6A8", 6.53, **_W4A8, kitchen=("0.2.38", "comfy_kitchen.tensor.w4a8_packed")),
+    "asym_w4a8_int8": Target("W4A8", 4.5, **_W4A8),
+    "asym_w6a8_int8": Target("W6A8", 6.5, **_W4A8, kitchen=("0.2.38", "comfy_kitchen.tensor.w4a8_packed")),
     "mxfp8": Target("MXFP8", 8.25, "10.0", "RTX 50"),
     "float8_e4m3fn": Target("FP8", 8.0, "8.9", "RTX 40 and newer with a calibration"),
     "int8_convrot": Target("INT8 ConvRot", 8.0, "7.5", "RTX 20 and newer"),
