@@ -112,7 +112,7 @@ def feedback(
         with constants(PASSES=passes, LEAST_DAMPING=least):
             inputs = gptq.factor(x.rows[:: ROWS // rows], x.mean if centered else None)
             assert isinstance(inputs, gptq.Factor), inputs
-            own = FORMATS[fmt].tensor_scale(x.weight.abs().amax())
+            own = FORMATS[fmt].tensor(x.weight, x.weight.abs().amax())
             codes = gptq.quantize(x.weight, FORMATS[fmt], None if own is None else own * scale, inputs)
         decoded = FORMATS[fmt].dequantize(codes, tuple(x.weight.shape))
         return (decoded, (x.weight - decoded) @ x.mean) if centered else decoded
@@ -133,7 +133,7 @@ def quantized_inputs(ridge: float | None) -> Variant:
             hessian.diagonal().add_(ridge * hessian.diagonal().mean())
             cross = (x.rows - fed).T @ fed / len(fed)
             target = x.weight + torch.linalg.solve(hessian, (x.weight @ cross).T).T
-        codes = gptq.quantize(target, NVFP4, NVFP4.tensor_scale(target.abs().amax()), inputs)
+        codes = gptq.quantize(target, NVFP4, NVFP4.tensor(target, target.abs().amax()), inputs)
         return NVFP4.dequantize(codes, tuple(x.weight.shape))
 
     return variant
