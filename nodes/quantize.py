@@ -92,6 +92,7 @@ class CalibQuantQuantize(io.ComfyNode):
         rounding: str = "auto",
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
+        told = [f"warning: {note}" for note in patches.check_core(plan)]
         output, loader_name = folders.output_path(filename_prefix, model_name)
         with Source(folders.model_path(model_name)) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
@@ -112,7 +113,7 @@ class CalibQuantQuantize(io.ComfyNode):
                 progress=_progress(cls.hidden.unique_id, output.name),
             )
         written.remember(cls.hidden.unique_id, output)
-        lines = [loader_name, report.summary(), *_about(model, merge)]
+        lines = [loader_name, report.summary(), *told, *_about(model, merge)]
         return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
 
 

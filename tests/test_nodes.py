@@ -94,6 +94,20 @@ def test_smoothing_only_where_the_loader_reads_it(pack: dict[str, Any], monkeypa
     assert all(entry.pre_quant_scale for entry in plan.quantized().values())
 
 
+def test_a_file_that_this_core_cannot_load_is_told_by_both_nodes(pack: dict[str, Any]) -> None:
+    knows = "asym_w4a8_int8" in importlib.import_module("comfy.quant_ops").QUANT_ALGOS
+    strategy = {"strategy": "recipe", "recipe": "w4a8"}
+    made = pack["CalibQuantPlan"].execute(model_name=MODEL, strategy=strategy)
+    saved = (
+        pack["CalibQuantQuantize"]
+        .PREPARE_CLASS_CLONE(None)
+        .EXECUTE_NORMALIZED(model_name=MODEL, plan=made.result[0], filename_prefix="test/w4a8", verify=True)
+    )
+    for text in (made.ui.as_dict()["text"][0], saved.ui.as_dict()["text"][0]):
+        assert ("cannot load W4A8 layers: the file needs ComfyUI 0.31 or newer" in text) is not knows, text
+    assert "needs ComfyUI 0.31 or newer" in saved.ui.as_dict()["text"][0]
+
+
 def test_pack_brings_its_nodes_and_models(pack: dict[str, Any], comfy: Path) -> None:
     folder_paths = importlib.import_module("folder_paths")
     assert [node.GET_SCHEMA().node_id for node in pack.values()] == NODE_IDS
