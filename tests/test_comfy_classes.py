@@ -69,7 +69,7 @@ def quantized(shapes: Shapes, infos: dict[str, LayerInfo], fmt: str) -> tuple[di
         layers.append(name)
         for suffix, (dtype, shape) in layout(shapes[name + ".weight"]).items():
             tensors[f"{name}.{suffix}"] = torch.empty(shape, dtype=dtype, device="meta")
-        if config := FORMATS[fmt].config():
+        if config := FORMATS[fmt].config(shapes[name + ".weight"]):
             tensors[f"{name}.input_scale"] = torch.empty((), device="meta")
             tensors[f"{name}.comfy_quant"] = encode_config(config)
     return tensors, layers

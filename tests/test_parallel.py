@@ -79,6 +79,7 @@ def test_torch_runs_on_one_thread_in_each_worker() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 def test_an_interrupt_amid_a_layer_stops_at_once(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main, rounded = threading.main_thread().ident, []
+    before_test = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
     snap = nvfp4.round_e2m1
 
     def interrupt(x: torch.Tensor) -> torch.Tensor:
@@ -90,8 +91,11 @@ def test_an_interrupt_amid_a_layer_stops_at_once(file: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(nvfp4, "round_e2m1", interrupt)
     before, threads = sorted(tmp_path.iterdir()), threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        quantize(file, tmp_path / "out.safetensors")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quantize(file, tmp_path / "out.safetensors")
+    finally:
+        signal.signal(signal.SIGINT, before_test)
     assert sorted(tmp_path.iterdir()) == before
     assert threading.active_count() == threads
     in_all = sum(t.numel() for t in models.zimage().values()) // pack.SEARCHED

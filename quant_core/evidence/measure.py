@@ -17,12 +17,23 @@ E4M3_MAX, E2M1_MAX, INT8_MAX = np.float32(448), np.float32(6), np.float32(127)
 # E4M3's 127 finite magnitudes in code order: subnormals in steps of 2**-9, then eight values an octave.
 E4M3_GRID = np.array([*np.arange(8) / 512, *(2.0 ** (e - 7) * (1 + m / 8) for e in range(1, 16) for m in range(8))])
 E4M3_GRID = E4M3_GRID[:127].astype(np.float32)
+W4A8_TABLE = np.array(  # for Gaussian groups; a file whose weights are heavy-tailed gets one of its own, and less error
+    [
+        *(-0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720),
+        *(0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671),
+    ],
+    np.float32,
+)
+LEAST = np.float32(1e-8)
 BLOCK_CODES = range(-4, 9)  # E4M3 codes around the nearest rule's: as good as trying all 126 (peers' measurements)
 # Relative standard deviation of the measured error between samples of 2**15 weights of one Gaussian (60 samples).
 NOISE = {
     "nvfp4": 0.010,
+    "asym_w4a8_int8": 0.006,
+    "asym_w6a8_int8": 0.011,
     "mxfp8": 0.010,
     "float8_e4m3fn": 0.011,
+    "int8_convrot": 0.042,
     "int8_tensorwise": 0.038,
     "float8_e4m3fn_unscaled": 0.010,
 }
@@ -108,6 +119,60 @@ def float8_e4m3fn_unscaled(rows: Rows, amax: np.float32) -> tuple[float, float]:
     return error, error
 
 
+def rotated(rows: Rows) -> Rows:
+    """Rows in the basis that rotated formats round in (``formats.base.turn``)."""
+    size = next((n for n in (256, 64, 16) if rows.shape[1] % n == 0), 0)
+    if not size:
+        return rows
+    matrix = four = np.ones((4, 4), np.float32) - 2 * np.eye(4, dtype=np.float32)[::-1]
+    while len(matrix) < size:
+        matrix = np.kron(matrix, four)
+    return (rows.reshape(len(rows), -1, size) @ (matrix / np.float32(size**0.5))).reshape(rows.shape)
+
+
+def int8_convrot(rows: Rows, amax: np.float32) -> tuple[float, float]:
+    return int8_tensorwise(rotated(rows), amax)
+
+
+def asym_w4a8_int8(rows: Rows, amax: np.float32) -> tuple[float, float]:
+    return _levels_of_int8(rows, W4A8_TABLE, np.float32(1), shifts=(0,))
+
+
+def asym_w6a8_int8(rows: Rows, amax: np.float32) -> tuple[float, float]:
+    return _levels_of_int8(rows, np.arange(-31, 32, dtype=np.float32), np.float32(31), shifts=(0, -1, 1))
+
+
+def _levels_of_int8(rows: Rows, table: Rows, top: np.float32, shifts: tuple[int, ...]) -> tuple[float, float]:
+    """Table values times a group scale, rounded to INT8 and times a row scale (``formats.w4a8``).
+
+    No search: it gains nothing on weights alone. Shapes without a rotation are measured as they are.
+    """
+    x = rotated(rows)
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 16))).reshape(len(x), -1, 16)
+    scale = np.maximum(np.abs(blocks).max(-1, keepdims=True) / top, LEAST)
+    for _ in range(2):
+        near = table[_nearest_index(blocks / scale, table)]
+        fitted = (blocks * near).sum(-1, keepdims=True) / np.maximum((near * near).sum(-1, keepdims=True), LEAST)
+        scale = np.maximum(fitted, LEAST)
+    loudest = np.abs(table[_nearest_index(blocks / scale, table)] * scale).max((1, 2), keepdims=True)
+    row = np.maximum(loudest / INT8_MAX, LEAST)
+    code = np.searchsorted(E4M3_GRID, round_e4m3(scale / row))
+    errors = []
+    for shift in shifts:
+        step = E4M3_GRID[np.clip(code + shift, 0 if shift == 0 else 1, 126)]
+        levels = np.clip(np.rint(table * step), -INT8_MAX, INT8_MAX)
+        wanted, best = blocks / row, np.full(blocks.shape, np.inf, np.float32)
+        for i in range(levels.shape[-1]):
+            best = np.minimum(best, np.abs(wanted - levels[..., i : i + 1]))
+        errors.append(((best * row) ** 2).sum(-1, dtype=np.float64))
+    error = _share(np.min(errors, axis=0), x)
+    return error, error
+
+
+def _nearest_index(scaled: Rows, table: Rows) -> NDArray[np.int64]:
+    return np.searchsorted((table[1:] + table[:-1]) / 2, scaled)
+
+
 def _power_of_two_at_least(scale: np.float32) -> np.float32:
     if scale <= 0:
         return np.float32(0)
@@ -117,7 +182,11 @@ def _power_of_two_at_least(scale: np.float32) -> np.float32:
 
 Measure = Callable[[Rows, np.float32], tuple[float, float]]
 MEASURES: dict[str, Measure] = {
-    f.__name__: f for f in (nvfp4, mxfp8, float8_e4m3fn, int8_tensorwise, float8_e4m3fn_unscaled)
+    f.__name__: f
+    for f in (
+        *(nvfp4, asym_w4a8_int8, asym_w6a8_int8, mxfp8, float8_e4m3fn),
+        *(int8_convrot, int8_tensorwise, float8_e4m3fn_unscaled),
+    )
 }
 
 

@@ -27,6 +27,11 @@ def by_name(name: str) -> Format:
     return FORMATS[name]
 
 
+def changes_shape(fmt: Format, shape: Shape) -> bool:
+    """Whether a weight of this shape has another one in the file, from which ComfyUI would detect another model."""
+    return fmt.layout(shape)["weight"][1] != shape
+
+
 def stored(config: Mapping[str, Any], weight: Shape, groups: Shape) -> Format | None:
     """The format of a layer of a finished file by its ``comfy_quant``, ours or a peer's; None: not known here.
 
@@ -64,6 +69,7 @@ __all__ = [
     "Grid",
     "Layout",
     "by_name",
+    "changes_shape",
     "join",
     "stored",
     "title",

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import CalibQuantError
 from ..files.checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size
 from ..files.markers import METADATA_KEY, PROVENANCE_KEY, header_layers
-from ..formats import FORMATS, SOURCE
+from ..formats import FORMATS, SOURCE, changes_shape
 from ..models.source import Source
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
@@ -117,7 +117,7 @@ def check(source: Source, plan: Plan) -> None:
         check_input_scale(entry.input_scale, f"{source.path}: layer {layer}")
         info = source.layers.get(layer)  # None: a convolution
         obstacle = (info.not_linear if info else "") or FORMATS[entry.format].obstacle(source.shape(layer))
-        if not obstacle and info and entry.format == "nvfp4":
+        if not obstacle and info and changes_shape(FORMATS[entry.format], source.shape(layer)):
             obstacle = info.detects_shape
         if obstacle:
             raise CalibQuantError(f"{source.path}: layer {layer} cannot be {entry.format}: {obstacle}: change the plan")

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration
 from ..evidence.probe import Probe
-from ..formats import FORMATS, SOURCE, title
+from ..formats import FORMATS, SOURCE, changes_shape, title
 from ..models.architectures import LayerInfo
 from ..models.source import Source
 from ..rounding import smoothing
@@ -306,7 +306,7 @@ def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bo
         return LayerPlan(SOURCE, info.protected)
     fmt, reason = wish.format, wish.reason
     while fmt != SOURCE:
-        obstacle = FORMATS[fmt].obstacle(shape) or (info.detects_shape if fmt == "nvfp4" else "")
+        obstacle = FORMATS[fmt].obstacle(shape) or (info.detects_shape if changes_shape(FORMATS[fmt], shape) else "")
         if not obstacle:
             note = WEIGHT_ONLY.get(fmt, "")
             reason = f"{reason}; {note}" if note else reason
