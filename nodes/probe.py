@@ -158,7 +158,7 @@ def summary(probed: Probe, scored: Scored, options: ScoreOptions, compat: bool) 
 
 
 def document(probed: Probe, scored: Scored) -> dict[str, Any]:
-    """What js/heatmap.js draws: ``layers`` are rows of ``fields``, numbers of 4 digits (Wan 14B: 400 layers, 90 kB).
+    """What js/heatmap.js draws: ``layers`` are rows of ``fields``, numbers of 4 digits (Wan 14B: 400 layers, 140 kB).
 
     ``errors`` of a layer: [nearest, searched scale] for each of ``formats``. ``noise``: their relative standard error,
     in the order of ``formats``. ``correlations``: statistic -> Spearman
