@@ -84,11 +84,13 @@ class NVFP4(base.Linear):
         codes = (nearest + shifts).clamp_(0, 126).to(torch.uint8)  # [13, n]
         steps = self.step(codes.view(torch.float8_e4m3fn), frame)
         inverses = torch.where(steps == 0, 0.0, 1.0 / steps)
-        weights = importance.T.unsqueeze(1)  # [16, 1, count]
+        weights, even = importance.T.unsqueeze(1), bool((importance == 1).all())  # [16, 1, count]
         off, room, errors = torch.empty_like(x), torch.empty_like(x), torch.empty_like(steps)
         for step, inverse, error in zip(steps, inverses, errors, strict=True):
             _snap_in_place(torch.mul(x, inverse, out=off), room).mul_(step).sub_(x)
-            off.square_().view(BLOCK, rows, count).mul_(weights)
+            off.square_()
+            if not even:
+                off.view(BLOCK, rows, count).mul_(weights)
             torch.sum(off[: BLOCK // 2].add_(off[BLOCK // 2 :]), 0, out=error)
         best = codes.gather(0, errors.argmin(0, keepdim=True))  # the first of equals
         return best.view(torch.float8_e4m3fn).view(rows, count)
