@@ -80,15 +80,19 @@ def _stamp(path_of: Callable[[str], Path], name: str) -> str:
     return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
+def _find(kind: str, what: str, name: str) -> Path:
+    found = folder_paths.get_full_path(kind, name)
+    if found is None:
+        raise CalibQuantError(f"there is no {what} {name}: choose one from the list (press R to refresh it)")
+    return Path(found)
+
+
 def prompt_set_names() -> list[str]:
     return _names(PROMPT_SETS)
 
 
 def prompt_set_path(name: str) -> Path:
-    found = folder_paths.get_full_path(PROMPT_SETS, name)
-    if found is None:
-        raise CalibQuantError(f"there is no prompt set {name}: choose one from the list (press R to refresh it)")
-    return Path(found)
+    return _find(PROMPT_SETS, "prompt set", name)
 
 
 def saved_prompt_set_path(name: str) -> Path:
@@ -102,10 +106,7 @@ def calibration_names() -> list[str]:
 
 def calibration_path(name: str) -> Path:
     """The file behind a name of :func:`calibration_names`."""
-    found = folder_paths.get_full_path(CALIBRATIONS, name)
-    if found is None:
-        raise CalibQuantError(f"there is no calibration {name}: choose one from the list (press R to refresh it)")
-    return Path(found)
+    return _find(CALIBRATIONS, "calibration", name)
 
 
 def saved_calibration_path(name: str) -> Path:
