@@ -275,10 +275,11 @@ def sample(
     first: int = FIRST_SEED,
     native: bool = False,
     program: list[str] | None = None,
+    older: bool = False,
 ) -> list[np.ndarray]:
-    """Latents float32 [seeds, 10, 16, 1, 8, 8] per file, as KSampler returns them."""
+    """Latents float32 [seeds, 10, 16, 1, 8, 8] per file, as KSampler returns them; older: by the older ComfyUI."""
     npz = out / "latents.npz"
-    comfyui = find_newer_comfyui()
+    comfyui = None if older else find_newer_comfyui()
     python = Environment(NEWER, comfyui).python if comfyui else sys.executable
     command = [str(python), *(program or ["nodes/sample_digits.py"]), "--comfyui", str(comfyui or require_comfyui())]
     command += ["--out", str(npz), "--seeds", str(seeds), "--first-seed", str(first), *["--native"] * native]

@@ -114,8 +114,13 @@ def sample(model: Any, context: torch.Tensor, seeds: range, steps: int) -> torch
 
 
 def _load(file: Path) -> Any:
+    """The model; of a split file with its branch, by the stock bypass loader, from the LoRA that lies beside it."""
     importlib.import_module("comfy.model_management").unload_all_models()
-    return importlib.import_module("comfy.sd").load_diffusion_model(str(file))
+    loader = importlib.import_module("comfy.sd")
+    model, branch = loader.load_diffusion_model(str(file)), file.with_suffix(".lora.safetensors")
+    if not branch.is_file():
+        return model
+    return loader.load_bypass_lora_for_models(model, None, load_file(str(branch)), 1.0, 0.0)[0]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
