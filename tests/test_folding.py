@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,19 @@ from typing import Any
 import models
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from quant_core import jobs
+from quant_core.evidence import calibration
+from quant_core.evidence.collector import Collector
 from quant_core.models import folding
 from quant_core.models.source import Source
+from quant_core.planning import folding as choice
+from quant_core.planning import folds, recipes
+from quant_core.planning.folds import Fold
+from quant_core.planning.plan import Plan
+from quant_core.reports.report import Report
 
 # --- the same output, by ComfyUI's own classes
 
@@ -116,7 +127,9 @@ def small_model(family: Family) -> torch.nn.Module:
 
 def some_factors(file: Source, power_of_two: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    exponents = {name: torch.randn(group.width, generator=generator) * 2 for name, group in folding.groups(file).items()}
+    exponents = {
+        name: torch.randn(group.width, generator=generator) * 2 for name, group in folding.groups(file).items()
+    }
     return {name: torch.exp2(e.round() if power_of_two else e) for name, e in exponents.items()}
 
 
@@ -139,3 +152,145 @@ def test_the_folded_model_draws_the_same(name: str, power_of_two: bool, comfy: P
     assert (len(factors), len(reached)) == (family.groups, family.reached)
     assert float((found - wanted).norm() / wanted.norm()) <= 1e-5
     assert wanted.std() > 1e-3  # a model whose output is nothing would draw the same too
+
+
+# --- what folding does to tensors and to inputs
+
+
+@given(st.integers(0, 2**16), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_folds_compose_and_undo_each_other(seed: int, grouped: bool) -> None:
+    """Attention by hand: norm -> qkv -> heads that share values -> out, both folds at once, and after a LoRA."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, shared, size = (4, 2, 8) if grouped else (4, 4, 8)
+    width = heads * size
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    keys = "attention_norm1.weight", "attention.qkv.weight", "attention.out.weight"
+    shapes = (width,), (width + 2 * shared * size, width), (width, width)
+    tensors = {f"layers.0.{key}": draw(*shape) for key, shape in zip(keys, shapes, strict=True)}
+    lora = {"layers.0.attention.qkv.weight": draw(*shapes[1])}
+
+    def run(t: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        norm, qkv, out = (t[f"layers.0.{key}"] for key in keys)
+        values = ((x * norm) @ qkv.T)[:, -shared * size :].view(-1, shared, size)
+        return values.repeat_interleave(heads // shared, 1).reshape(-1, width) @ out.T
+
+    head = {"layers.0.attention.k_norm.weight": torch.ones(size)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Source(models.save(Path(folder) / "m.safetensors", tensors | head), "zimage") as file,
+    ):
+        found = folding.groups(file)
+        exponents = {name: draw(group.width).mul(2).round().clamp(-8, 8) for name, group in found.items()}
+        there, back = (
+            {name: Fold(1, 0, 1, 1, folds.packed(sign * e)) for name, e in exponents.items()} for sign in (1, -1)
+        )
+        merge = folds.merge(file, there, {key: lambda tensor, key=key: tensor + lora[key] for key in lora})
+        undo = folds.merge(file, back)
+    assert {name: group.repeat for name, group in found.items()} == {
+        "layers.0.attention.qkv": 1,
+        "layers.0.attention.out": heads // shared,
+    }
+    patched = tensors | {key: tensors[key] + lora[key] for key in lora}
+    folded, x = {key: change(tensors[key]) for key, change in merge.items()}, draw(3, width)
+    torch.testing.assert_close(run(folded, x), run(patched, x), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(undo[key](folded[key]), patched[key]) for key in tensors)  # powers of two: to the bit
+
+
+def collected(layers: dict[str, tuple[torch.Tensor, torch.Tensor]], runs: int = 5) -> calibration.Calibration:
+    """A calibration of weights and inputs; layers that get the same tensor share it."""
+    first: dict[int, str] = {}
+    collector = Collector(lambda layer: first.setdefault(id(layers[layer][1]), layer), 512)
+    for run in range(runs):
+        collector.start_run(f"run {run}")
+        for name, (weight, x) in layers.items():
+            part = x[run::runs]
+            collector.add(name, part, part @ weight.float().T)
+        collector.finish_run()
+    return collector.result()
+
+
+def test_a_scaled_calibration_is_the_folded_models() -> None:
+    weight, x = torch.randn(8, 32), models.correlated(200, 32, 1).bfloat16().float()
+    factor = torch.exp2(torch.arange(32) % 5 - 2.0)
+    plain = collected({"a": (weight, x), "b": (weight, x), "c": (weight, x)})
+    folded, apart = x * factor, x.clone()
+    wanted = collected({"a": (weight, folded), "b": (weight, folded), "c": (weight, apart)})
+    found = plain.scaled({"a": factor, "b": factor})
+    assert {name: stats.group for name, stats in found.layers.items()} == {"a": "a", "b": "a", "c": "c"}
+    for name, stats in wanted.layers.items():
+        for key in ("input_mean", "input_absmean", "input_sqmean", "input_amax"):
+            torch.testing.assert_close(getattr(found.layers[name], key), getattr(stats, key))
+        assert torch.equal(
+            found.rows_of(name), (plain.rows_of("a").float() * (factor if name != "c" else 1)).bfloat16()
+        )
+        assert found.held_out(stats.group)[1] == plain.held_out("a")[1] == 1
+    assert plain.layers["c"].group == "a" and torch.equal(plain.layers["a"].input_amax, x.abs().amax(0))
+
+
+# --- the whole job
+
+
+def loud_model(tmp_path: Path) -> tuple[Path, calibration.Calibration]:
+    """Z-Image's layout with loud channels, here and there, in the inputs of every block Linear."""
+    tensors = models.zimage(dim=128, ffn=256, layers=1)
+    for block in ("layers.0", "noise_refiner.0", "context_refiner.0"):
+        norms = {f"{block}.{norm}.weight": torch.ones(128).bfloat16() for norm in ("attention_norm1", "ffn_norm1")}
+        tensors |= norms
+    path = models.save(tmp_path / "m.safetensors", tensors)
+    with Source(path) as source:
+        inputs: dict[str, torch.Tensor] = {}
+        layers = {}
+        for i, (name, info) in enumerate(source.layers.items()):
+            if info.block is None:
+                continue
+            if (info.shared_input or name) not in inputs:
+                x = torch.randn(1024, source.shape(name)[1], generator=torch.Generator().manual_seed(i))
+                x[:, 5::32] *= 30
+                inputs[info.shared_input or name] = x.bfloat16().float()
+            weight = tensors[f"{name}.weight"].float()
+            weight[:, 5::32] /= 30
+            tensors[f"{name}.weight"] = weight.bfloat16()
+            layers[name] = (tensors[f"{name}.weight"], inputs[info.shared_input or name])
+    models.save(path, tensors)
+    return path, collected(layers)
+
+
+@pytest.fixture
+def loud(tmp_path: Path) -> tuple[Path, calibration.Calibration]:
+    return loud_model(tmp_path)
+
+
+def planned(source: Source, seen: calibration.Calibration, recipe: str = "nvfp4") -> tuple[Plan, Plan]:
+    """A calibrated plan without and with folds."""
+    plain = recipes.calibrated(source, recipes.make_plan(source, recipe), seen)
+    return plain, choice.folded(source, plain, seen)
+
+
+def outputs_lose(report: Report) -> dict[str, float]:
+    return {layer.name: layer.loader_error for layer in report.layers if layer.loader_error is not None}
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "int8"])
+def test_folds_quiet_loud_channels_of_every_block_linear(
+    recipe: str, loud: tuple[Path, calibration.Calibration], tmp_path: Path
+) -> None:
+    path, seen = loud
+    with Source(path) as source:
+        plain, folded = planned(source, seen, recipe)
+        reports = []
+        for name, plan in (("plain", plain), ("folded", folded)):
+            out = tmp_path / f"{name}.safetensors"
+            jobs.quantize(source, plan, out, device="cpu", calibration=seen, rounding="auto", verify=True)
+            assert out.stat().st_size == plan.size
+            reports.append(jobs.compare(source, out, calibration=seen))
+    before, after = map(outputs_lose, reports)
+    with Source(path) as source:
+        names = folds.reached(source, folded.folds)
+    assert len(names) == 15 and names <= set(before) == set(after)
+    assert sum(after[name] for name in names) < 0.8 * sum(before[name] for name in names)
+    assert all(after[name] == pytest.approx(before[name], rel=1e-3) for name in set(before) - names)
+    assert all(fold.after < fold.before for fold in folded.folds.values())

@@ -22,6 +22,11 @@ from .modelfile import FLOATS, ModelFile
 Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 
 
+def merged(tensor: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:
+    """What ``merge`` makes of the tensor of this key, float32; the tensor itself where it does nothing to it."""
+    return merge[key](tensor.float()) if key in merge else tensor
+
+
 @dataclass(frozen=True)
 class Part:
     """Columns (of a consumer) or rows (of a producer) start … stop of a module, named as in the file."""
@@ -58,9 +63,6 @@ class Group:
         whole = torch.ones(columns)
         whole[part.start : part.stop] = self.spread(factors)
         return whole
-
-    def covers(self, part: Part, columns: int) -> bool:
-        return part.stop - part.start == columns
 
 
 def groups(file: ModelFile) -> dict[str, Group]:
