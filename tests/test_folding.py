@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from quant_core import jobs
+from quant_core.errors import CalibQuantError
 from quant_core.evidence import calibration
 from quant_core.evidence.collector import Collector
 from quant_core.models import folding
@@ -23,8 +27,14 @@ from quant_core.models.source import Source
 from quant_core.planning import folding as choice
 from quant_core.planning import folds, recipes
 from quant_core.planning.folds import Fold
-from quant_core.planning.plan import Plan
+from quant_core.planning.layout import predicted_size
+from quant_core.planning.plan import Plan, from_json
+from quant_core.reports import describe
 from quant_core.reports.report import Report
+from quant_core.rounding.layerplan import LayerPlan
+
+DEMO = models.ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors"
+CALIBRATION = models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors"
 
 # --- the same output, by ComfyUI's own classes
 
@@ -294,3 +304,110 @@ def test_folds_quiet_loud_channels_of_every_block_linear(
     assert sum(after[name] for name in names) < 0.8 * sum(before[name] for name in names)
     assert all(after[name] == pytest.approx(before[name], rel=1e-3) for name in set(before) - names)
     assert all(fold.after < fold.before for fold in folded.folds.values())
+
+
+def test_what_does_not_help_on_other_runs_is_left_alone() -> None:
+    """Channels that are loud in the runs to fit on and silent in the others, and channels that are all alike."""
+    generator = torch.Generator().manual_seed(0)
+    weight, alike = torch.randn(64, 64, generator=generator), torch.randn(256, 64, generator=generator).sign()
+    loud = torch.randn(256, 64, generator=generator)
+    loud[:, ::16] *= 100
+    part = folding.Part("layer", 0, 64)
+    group = folding.Group(64, 64, 1, (part,), ())
+
+    def chosen(fitted: torch.Tensor, judged: torch.Tensor, columns: torch.Tensor) -> Fold:
+        entry = LayerPlan("nvfp4", "")
+        return choice.choose(group, [choice.Seen(part, weight * columns, entry, fitted.abs().amax(0), fitted, judged)])
+
+    quiet = torch.where(loud.abs().amax(0) > 50, 0.01, 1.0)  # columns of loud channels
+    kept, folded = chosen(loud, loud * quiet * quiet, quiet), chosen(loud, loud, quiet)
+    assert folded.exponents and folded.after < 0.5 * folded.before
+    assert (kept.a, kept.b, kept.exponents, kept.after) == (0, 0, "", kept.before)
+    assert chosen(alike, alike, torch.ones(64)).exponents == ""
+
+
+@pytest.mark.core
+def test_comfyui_draws_the_same_from_a_folded_file(comfy: Path, tmp_path: Path) -> None:
+    """The 16-bit model with folds and a LoRA, against the model with the LoRA; then the same folds in NVFP4."""
+    import comfy.sd
+
+    def forward(path: Path) -> torch.Tensor:
+        model = comfy.sd.load_diffusion_model(str(path)).model.diffusion_model
+        with torch.inference_mode():
+            return model(_tokens(2, 16, 1, 8, 8).to(model.dtype), _T * 1000, _tokens(2, 4, 64).to(model.dtype)).double()
+
+    seen, outputs = calibration.load(CALIBRATION), {}
+    with Source(DEMO) as source:
+        patch = {"blocks.0.self_attn.v.weight": lambda w: w * 1.25, "blocks.1.norm3.weight": lambda w: w + 0.25}
+        plain, folded = planned(source, seen)
+        kept = {name: LayerPlan("bf16", "") for name in plain.layers}
+        plans = {"plain": replace(plain, layers=kept), "folded": replace(folded, layers=kept), "nvfp4": folded}
+        for name, plan in plans.items():
+            out = tmp_path / f"{name}.safetensors"
+            jobs.quantize(source, plan, out, device="cpu", merge=patch, rounding="search", verify=True)
+            outputs[name] = forward(out)
+    changed = {
+        name: float((o - outputs["plain"]).square().sum() / outputs["plain"].square().sum())
+        for name, o in outputs.items()
+    }
+    plain_file, folded_file = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "folded"))
+    touched = {key for key, tensor in plain_file.items() if not torch.equal(tensor, folded_file[key])}
+    assert touched == {key for key in folds.merge(source, folded.folds)} and len(touched) > 10
+    assert changed["folded"] <= 1e-10 and 0 < changed["nvfp4"] < 0.01, changed  # measured 0 (to the bit) and 2.1e-3
+
+
+def test_the_header_says_what_was_folded(loud: tuple[Path, calibration.Calibration], tmp_path: Path) -> None:
+    path, seen = loud
+    with Source(path) as source:
+        _, plan = planned(source, seen)
+        report = jobs.quantize(source, plan, tmp_path / "q.safetensors", device="cpu", rounding="nearest")
+        again = from_json(plan.to_json())
+        assert again.folds == plan.folds and predicted_size(source, again) == plan.size
+    said = describe.inspect(tmp_path / "q.safetensors")["provenance"]
+    assert said["folds"].keys() == plan.folds.keys() == json.loads(report.to_json())["folds"].keys()
+    block = "layers.0."
+    assert [name for name in said["folded"]["layers"] if name.startswith(block)] == [
+        block + name
+        for name in (
+            *("attention.out", "attention.qkv", "attention_norm1"),
+            *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "ffn_norm1"),
+        )
+    ]
+    assert "LoRAs made for the original model do not fit" in said["folded"]["note"]
+    assert "folded smoothing: 12 of 12 groups" in report.summary() and said["folded"]["note"] in report.summary()
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "a list": ([], "folds are no object"),
+    "no base64": ({"exponents": "?"}, "layer layers.0.attention.qkv: its fold is damaged"),
+    "no zlib": ({"exponents": "AAAA"}, "layer layers.0.attention.qkv: its fold is damaged"),
+    "too large": ({"exponents": folds.packed(torch.full((128,), 9))}, "exponents beyond 8"),
+    "no number": ({"a": None}, "layer layers.0.attention.qkv: its fold is damaged"),
+    "another width": ({"exponents": folds.packed(torch.ones(64))}, "folds 64 channels, it has 128"),
+    "another model": ("layers.7.attention.qkv", "layer layers.7.attention.qkv: nothing can be folded into it"),
+}
+
+
+@pytest.mark.parametrize("name", list(DAMAGE))
+def test_damaged_folds_are_one_clear_error(
+    name: str, loud: tuple[Path, calibration.Calibration], tmp_path: Path
+) -> None:
+    path, _ = loud
+    good = {"a": 0.5, "b": 0.25, "before": 2e-3, "after": 1e-3, "exponents": folds.packed(torch.ones(128))}
+    damage, message = DAMAGE[name]
+    with Source(path) as source:
+        raw = json.loads(recipes.make_plan(source, "nvfp4").to_json())
+        raw["folds"] = damage if damage == [] else {damage: good} if isinstance(damage, str) else None
+        raw["folds"] = raw["folds"] if raw["folds"] is not None else {"layers.0.attention.qkv": {**good, **damage}}
+        with pytest.raises(CalibQuantError, match=re.escape(message)) as raised:
+            jobs.quantize(source, from_json(json.dumps(raw), "p.json"), tmp_path / "q.safetensors", device="cpu")
+    assert "\n" not in str(raised.value) and not (tmp_path / "q.safetensors").exists()
+
+
+def test_pre_quant_scale_is_left_for_what_no_fold_reaches() -> None:
+    with Source(DEMO) as source:
+        seen = calibration.load(CALIBRATION)
+        plan = recipes.smoothed(source, planned(source, seen)[1], seen)
+    smoothed = {name.split(".", 2)[2]: entry.pre_quant_scale for name, entry in plan.quantized().items()}
+    reached = {"cross_attn.q", "self_attn.o", "cross_attn.o"}
+    assert smoothed == {kind: kind not in reached for kind in smoothed} and reached < smoothed.keys()
