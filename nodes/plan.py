@@ -119,10 +119,10 @@ class CalibQuantPlan(io.ComfyNode):
             if seen is not None:
                 recipes.check_calibration(source, seen)
             plan, warnings = _plan(source, model_name, strategy, probe, seen)
-            if strategy["strategy"] == "recipe":
-                plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _folded(source, plan, seen) if smooth == "fold" else plan
+            if strategy["strategy"] == "recipe":
+                plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
             plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
             plan = replace(plan, seen=calibration.current) if calibration else plan
             told = [*source.warnings(), *warnings, *patches.check_core(plan)]

@@ -60,12 +60,12 @@ def make_plan(source: Source, args: argparse.Namespace) -> Plan:
         raise OptionError("--smooth fold needs --calibration C")
     calibration = calibration_of(source, args)
     plan = _uncalibrated_plan(source, args, calibration)
-    with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
-        plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
     if calibration is not None:
         plan = plan if args.no_input_scale else recipes.calibrated(source, plan, calibration)
         plan = _folded(source, plan, calibration) if args.smooth == "fold" else plan
         plan = replace(plan, seen=lambda: calibration)
+    with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
+        plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
     return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
 
 
