@@ -22,6 +22,7 @@ from quant_core import jobs
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import calibration
 from quant_core.evidence.collector import Collector
+from quant_core.jobs import verification
 from quant_core.models import folding
 from quant_core.models.source import Source
 from quant_core.planning import folding as choice
@@ -383,6 +384,19 @@ def test_the_header_says_what_was_folded(loud: tuple[Path, calibration.Calibrati
     ]
     assert "LoRAs made for the original model do not fit" in said["folded"]["note"]
     assert "folded smoothing: 12 of 12 groups" in report.summary() and said["folded"]["note"] in report.summary()
+
+
+def test_a_norm_that_was_not_folded_is_found(loud: tuple[Path, calibration.Calibration], tmp_path: Path) -> None:
+    path, seen = loud
+    out, key = tmp_path / "q.safetensors", "layers.0.ffn_norm1.weight"
+    with Source(path) as source:
+        _, plan = planned(source, seen)
+        report = jobs.quantize(source, plan, out, device="cpu", rounding="nearest")
+        verification.verify(source, report, folds.merge(source, plan.folds))
+        tensors = load_file(out)
+        models.save(out, tensors | {key: torch.ones_like(tensors[key])})
+        with pytest.raises(CalibQuantError, match=re.escape(f"{key} is not what it was to be")):
+            verification.verify(source, report, folds.merge(source, plan.folds))
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
