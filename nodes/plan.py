@@ -14,7 +14,7 @@ from ..quant_core.evidence.probe import Probe
 from ..quant_core.files.text import change_of_size
 from ..quant_core.formats import title
 from ..quant_core.models.source import Source
-from ..quant_core.planning import convert_to_quant, recipes, rotation, scoring, targets
+from ..quant_core.planning import convert_to_quant, folding, folds, recipes, rotation, scoring, targets
 from ..quant_core.planning.plan import Plan
 from .comfyui import feedback, folders, patches
 from .probe import chosen, percentile_inputs, probe_file
@@ -81,6 +81,15 @@ class CalibQuantPlan(io.ComfyNode):
                     tooltip="INT8 layers of a recipe in a rotated basis, which spreads loud channels. auto: where that "
                     "measures better, on the calibration's inputs if one is linked. W4A8 and W6A8 always rotate.",
                 ),
+                io.Combo.Input(
+                    "smooth",
+                    options=["none", "fold"],
+                    default="none",
+                    optional=True,
+                    tooltip="With a calibration: fold smooths loud input channels through the weights that make them, "
+                    "wherever that measures better. Every ComfyUI loads such a file; LoRAs made for the original do "
+                    "not fit it, so bake them in.",
+                ),
             ],
             outputs=[PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
@@ -100,6 +109,7 @@ class CalibQuantPlan(io.ComfyNode):
         input_scale: bool = True,
         pre_quant_scale: bool = False,
         rotate: str = "auto",
+        smooth: str = "none",
     ) -> io.NodeOutput:
         strategy = chosen("strategy", strategy, _STRATEGIES)
         if pre_quant_scale:
@@ -109,16 +119,18 @@ class CalibQuantPlan(io.ComfyNode):
             if seen is not None:
                 recipes.check_calibration(source, seen)
             plan, warnings = _plan(source, model_name, strategy, probe, seen)
+            plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
+            plan = _folded(source, plan, seen) if smooth == "fold" else plan
             if strategy["strategy"] == "recipe":
                 plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
-            plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
             plan = replace(plan, seen=calibration.current) if calibration else plan
             told = [*source.warnings(), *warnings, *patches.check_core(plan)]
             notes = [f"warning: {note}" for note in told if note]
             before = source.checkpoint.nbytes()
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
-        lines = [f"{source.architecture.title}: {counts}", f"{change_of_size(before, plan.size)}", *notes]
+        lines = [f"{source.architecture.title}: {counts}", f"{change_of_size(before, plan.size)}"]
+        lines += [*folds.summary(plan.folds), *notes]
         return io.NodeOutput(plan, ui=ui.PreviewText("\n".join(lines)))
 
 
@@ -210,6 +222,12 @@ def _plan(
         return make(source, lambda: linked or probe_file(model_name), strategy), []
     recipe = _recipe(strategy)
     return recipes.make_plan(source, recipe), [recipe.warning, *recipes.unmatched(source, recipe)]
+
+
+def _folded(source: Source, plan: Plan, seen: Calibration | None) -> Plan:
+    if seen is None:
+        raise CalibQuantError(f"{source.path}: smooth needs a calibration: link one, or choose none")
+    return folding.folded(source, plan, seen, feedback.progress()(0))
 
 
 def _smoothed(source: Source, plan: Plan, seen: Calibration | None) -> Plan:

@@ -54,6 +54,27 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out.safetensors"
 
 
+# --- folded smoothing
+
+
+def test_a_folded_file_needs_a_calibration_once(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, wanted = tmp_path / "p.json", ["--recipe", "nvfp4", "--smooth", "fold"]
+    for command, target in (("plan", plan), ("quantize", output)):
+        assert "--smooth fold needs --calibration" in call(capsys, command, DEMO, *wanted, "-o", target, code=2)[1]
+    told, _ = call(capsys, "plan", DEMO, *wanted, "--calibration", CALIBRATION, "-o", plan)
+    assert "folded smoothing: " in told and "LoRAs made for the original model do not fit" in told
+    again = ["quantize", DEMO, "--plan", plan, "-o", output, "--rounding", "nearest"]
+    assert "--smooth is for making a plan" in call(capsys, *again, "--smooth", "none", code=2)[1]
+    made = json.loads(call(capsys, *again, "--verify", "--json")[0])
+    assert made["folds"].keys() == json.loads(plan.read_text())["folds"].keys()
+    assert all(fold.keys() == {"a", "b", "before", "after"} for fold in made["folds"].values())
+    compared = json.loads(call(capsys, "compare", DEMO, output, "--calibration", CALIBRATION, "--json")[0])
+    found = {layer["name"]: layer["error"] for layer in compared["layers"]}
+    assert found == pytest.approx({layer["name"]: layer["error"] for layer in made["layers"]}, rel=1e-3)
+
+
 # --- a core that reads pre_quant_scale, or does not
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import models
 import pytest
+import reference
 import torch
 from comfy_env import PACK_NAME, PromptInterrupted, Server, ServerError
 from safetensors import safe_open
@@ -27,7 +28,7 @@ from quant_core import jobs
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import calibration
 from quant_core.models.source import Source
-from quant_core.planning import recipes
+from quant_core.planning import folds, recipes
 
 MODEL = "calibquant_digits_wan.safetensors"
 DEMO = models.ROOT / "workflows" / "models" / MODEL
@@ -205,6 +206,35 @@ def test_baked_lora_equals_a_lora_merged_by_hand(
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_a_lora_is_baked_in_before_folding(pack: dict[str, Any], comfy: Path) -> None:
+    seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")
+    with pytest.raises(Exception, match="smooth needs a calibration"):
+        make_plan(pack, MODEL, "nvfp4", smooth="fold")
+    plan = make_plan(pack, MODEL, "nvfp4", smooth="fold", calibration=SimpleNamespace(current=lambda: seen))
+    with Source(DEMO) as source:
+        change = folds.merge(source, plan.folds)
+    layers = [name for name in plan.quantized() if f"{name}.weight" in change][:3]
+    deltas = make_lora(comfy / "models" / "loras" / "fold.safetensors", layers)
+    name, report = execute(
+        pack["CalibQuantQuantize"],
+        model_name=MODEL,
+        plan=plan,
+        filename_prefix="lora/fold",
+        verify=True,
+        model=load_with_lora(MODEL, "fold.safetensors"),
+        rounding="nearest",
+    )
+    assert "folded smoothing: " in report.summary() and report.folds == plan.folds and len(deltas) == 3
+    with Source(DEMO) as source:
+        for layer, delta in deltas.items():
+            wanted = change[f"{layer}.weight"](source.load(layer).float() + STRENGTH * delta)
+            (made,) = [one for one in report.layers if one.name == layer]
+            found = reference.File(comfy / "output" / "diffusion_models" / name).decode(
+                layer, "nvfp4", tuple(wanted.shape)
+            )
+            assert reference.relative_error(wanted, found) == pytest.approx(made.error, rel=1e-3)
 
 
 def test_lora_changes_the_provenance(pack: dict[str, Any], comfy: Path) -> None:

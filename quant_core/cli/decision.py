@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HSWQ = ("hswq", "hswq-v1")
 ROTATE_HELP = "INT8 layers in a rotated basis: auto, a recipe's default, where that measures better"
+FOLD_HELP = "fold: smooth inputs through the weights that make them, where that measures better; any ComfyUI"
 SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer than 0.29, which would ignore it"
 
 
@@ -29,6 +30,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--no-input-scale", action="store_true", help="leave activation scales to the loader")
     c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
     c.add_argument("--pre-quant-scale", action="store_true", help=SMOOTHING_HELP)
+    c.add_argument("--smooth", choices=["none", "fold"], help=FOLD_HELP)
     c.add_argument("--percentiles", nargs=2, type=number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=number, metavar="R", help="share of layers, worst first, kept in 16 bit")
     c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
@@ -54,14 +56,24 @@ def words_of_base(args: argparse.Namespace) -> list[str]:
 def make_plan(source: Source, args: argparse.Namespace) -> Plan:
     from ..planning import recipes, rotation
 
+    if args.smooth == "fold" and args.calibration is None:
+        raise OptionError("--smooth fold needs --calibration C")
     calibration = calibration_of(source, args)
     plan = _uncalibrated_plan(source, args, calibration)
-    with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
-        plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
     if calibration is not None:
         plan = plan if args.no_input_scale else recipes.calibrated(source, plan, calibration)
+        plan = _folded(source, plan, calibration) if args.smooth == "fold" else plan
         plan = replace(plan, seen=lambda: calibration)
+    with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
+        plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
     return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
+
+
+def _folded(source: Source, plan: Plan, calibration: Calibration) -> Plan:
+    from ..planning import folding
+
+    with Bar("fold") as bar:
+        return folding.folded(source, plan, calibration, bar)
 
 
 def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Plan:

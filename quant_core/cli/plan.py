@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _plan_text(made: Plan, source: Source) -> str:
     from ..formats import title
+    from ..planning import folds
 
     counts = ", ".join(f"{n} {title(fmt)}" for fmt, n in made.count().items())
     sizes = change_of_size(source.checkpoint.nbytes(), made.size)
-    return f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"
+    line = f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"
+    return "\n".join([line, *folds.summary(made.folds)])

@@ -16,8 +16,8 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,16 @@ class LayerStats:
         """HSWQ's sensitivity: mean over calls of mean(Y^2), minus the squared mean over calls of mean(Y)."""
         return self.output_sqmean - self.output_mean**2
 
+    def scaled(self, factor: torch.Tensor) -> LayerStats:
+        """Inputs times ``factor``, float32 [in]; outputs stay what they were."""
+        return replace(
+            self,
+            input_mean=self.input_mean * factor,
+            input_absmean=self.input_absmean * factor.abs(),
+            input_sqmean=self.input_sqmean * factor.square(),
+            input_amax=self.input_amax * factor.abs(),
+        )
+
 
 _VECTORS = tuple(f.name for f in fields(LayerStats) if f.type == "torch.Tensor")
 
@@ -75,7 +85,7 @@ class Calibration:
     """Statistics of all layers with their provenance (``info``: architecture, source, prompts, seeds, sigmas …)."""
 
     layers: dict[str, LayerStats] = field(default_factory=dict)
-    rows: dict[str, Rows] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
 
     def rows_of(self, layer: str) -> torch.Tensor:
@@ -97,6 +107,45 @@ class Calibration:
             drawn = []
         places = [place for name in drawn for place in runs[name]]
         return torch.from_numpy(np.isin(of, places)), len(drawn)
+
+    def scaled(self, factors: Mapping[str, torch.Tensor]) -> Calibration:
+        """As if the inputs of some layers had been ``factors``, float32 [in] by layer, times what they were.
+
+        Rows are multiplied when they are asked for. Layers that shared an input and got different factors no longer
+        share it. Statistics of outputs stay what they were.
+        """
+        layers, origins, names = {}, {}, dict[tuple[str, bytes], str]()
+        for name, stats in self.layers.items():
+            factor = factors.get(name)
+            key = stats.group, b"" if factor is None else factor.numpy().tobytes()
+            group = names.setdefault(key, name)
+            origins[group] = stats.group, factor
+            layers[name] = replace(stats if factor is None else stats.scaled(factor), group=group)
+        known = {group: origin for group, origin in origins.items() if origin[0] in self.rows}
+        return Calibration(layers, _ScaledRows(self.rows, known), self.info)
+
+
+class _ScaledRows(Mapping[str, Rows]):
+    """Rows times a factor, by group; made anew at each look, so that no second copy stays in memory."""
+
+    def __init__(self, rows: Mapping[str, Rows], origins: Mapping[str, tuple[str, torch.Tensor | None]]) -> None:
+        self._rows, self._origins = rows, origins
+
+    def __getitem__(self, group: str) -> Rows:
+        origin, factor = self._origins[group]
+        sample = self._rows[origin]
+        if factor is None:
+            return sample
+        return replace(sample, rows=(sample.rows.float() * factor).to(sample.rows.dtype))
+
+    def __contains__(self, group: object) -> bool:
+        return group in self._origins
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._origins)
+
+    def __len__(self) -> int:
+        return len(self._origins)
 
 
 def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:

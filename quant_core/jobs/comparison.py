@@ -10,7 +10,9 @@ import torch
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..formats import SOURCE
+from ..models.folding import merged
 from ..models.source import Source
+from ..planning import folds
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
 from ..rounding.judge import Judge, as_loaded
@@ -25,17 +27,21 @@ def compare(
 ) -> Report:
     """Per-layer error of a finished file, ours or a peer's, against its source, worst first.
 
+    What was folded into the file is folded into the source and the calibration too, give both as they were.
+
     With a calibration also the error of outputs on its sampled rows: of the weights (and the bias) alone under
     ``output_errors["file"]``, and as the loader runs the layer. A calibration of other seeds and prompts than those
     the file was made with makes it a held-out measurement. The worst is then the worst output.
     """
     layers = []
     with QuantizedFile(path) as quantized:
-        pairs = _pairs(source, quantized)
+        pairs, folded = _pairs(source, quantized), quantized.folds()
+        merge = folds.merge(source, folded)
+        calibration = calibration and folds.seen(source, folded, calibration)
         for i, (name, other) in enumerate(pairs):
             if progress:
                 progress(i, len(pairs), f"compare {name}")
-            weight = source.load(name)
+            weight = merged(source.load(name), f"{name}.weight", merge)
             report = LayerReport(
                 name,
                 quantized.format(other),
@@ -46,7 +52,9 @@ def compare(
             seen = calibration.layers.get(name.removeprefix(source.prefix)) if calibration else None
             if calibration and seen and seen.group in calibration.rows and report.format != SOURCE:
                 rows = calibration.rows[seen.group].rows
-                report = _with_output_errors(report, source, weight, rows, quantized, other)
+                bias = source.checkpoint.read(f"{name}.bias") if f"{name}.bias" in source.checkpoint.entries else None
+                bias = None if bias is None else merged(bias, f"{name}.bias", merge)
+                report = _with_output_errors(report, bias, weight, rows, quantized, other)
             layers.append(report)
         after = quantized.checkpoint.nbytes()
     layers.sort(key=lambda layer: -layer.output_errors.get("file", 0.0 if calibration else layer.error))
@@ -56,18 +64,18 @@ def compare(
 
 def _with_output_errors(
     report: LayerReport,
-    source: Source,
+    bias: torch.Tensor | None,
     weight: torch.Tensor,
     rows: torch.Tensor,
     quantized: QuantizedFile,
     layer: str,
 ) -> LayerReport:
-    """The report with what the layer's outputs lose on ``rows`` [n, in]."""
+    """The report with what the layer's outputs lose on ``rows`` [n, in]; bias: the source's [out]."""
     judge = Judge(weight, rows, limit=len(rows))
     decoded = torch.cat(list(quantized.rows(layer, tuple(weight.shape))))
-    shift, key = quantized.bias(layer), f"{report.name}.bias"
-    if shift is not None and key in source.checkpoint.entries:
-        shift = shift - source.checkpoint.read(key).float()
+    shift = quantized.bias(layer)
+    if shift is not None and bias is not None:
+        shift = shift - bias.float()
     smooth = quantized.smoothing(layer)
     fed = judge.rows if smooth is None else judge.rows * smooth
     fmt, entry = quantized.codec(layer), quantized.runs_as(layer)

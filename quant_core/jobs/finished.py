@@ -11,12 +11,14 @@ import torch
 from ..errors import CalibQuantError
 from ..files.checkpoint import DTYPES, Checkpoint
 from ..files.header import ITEMSIZE
-from ..files.markers import FP8, declared_configs
+from ..files.markers import FP8, declared_configs, provenance
 from ..formats import FORMATS, SOURCE, Format, stored
 from ..models.architectures import split_prefix
 from ..models.diffusers import present
 from ..models.modelfile import FLOATS, NATIVE
 from ..models.source import apply_scale
+from ..planning import folds
+from ..planning.folds import Fold
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import squared_distance, squared_norm
@@ -45,6 +47,12 @@ class QuantizedFile:
 
     def __exit__(self, *_: object) -> None:
         self.checkpoint.close()
+
+    def folds(self) -> dict[str, Fold]:
+        """What was folded into the file, {} for a file that does not say so."""
+        return folds.parse(
+            (provenance(self.checkpoint) or {}).get(folds.KEY), str(self.checkpoint.path), "quantize again"
+        )
 
     def format(self, layer: str) -> str:
         """A key of FORMATS where the layer's is known here, else the declared name; "bf16" when it is not quantized."""

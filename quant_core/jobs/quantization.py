@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,10 @@ from ..evidence.calibration import Calibration
 from ..files.checkpoint import Checkpoint, Hasher, Writer, check_target
 from ..files.disk import stat_of
 from ..formats import SOURCE, FileTensors
+from ..models import folding
+from ..models.folding import Merge
 from ..models.source import Source
+from ..planning import folds
 from ..planning.layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
 from ..planning.plan import Plan
 from ..planning.targets import core_needed
@@ -27,9 +29,6 @@ from ..rounding.pack import pick_device, refuse_damaged
 from ..rounding.parallel import threads
 from . import verification
 from .pipeline import Behind, ahead
-
-# Checkpoint key -> function that adds LoRA patches to the float32 weight of that key.
-Merge = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 
 
 def quantize(
@@ -51,7 +50,8 @@ def quantize(
     rounding: nearest, search, gptq, or auto, the best that the inputs allow; layers planned for HSWQ get its own under
     auto alone. calibration: what all but nearest weigh errors by; None: the one that the plan was made with, if it is
     still at hand.
-    merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header.
+    merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header. What the
+    plan folds comes after it, and the calibration becomes that of the folded model: give it as it was collected.
     verify: re-read the finished file (``verification``) before it gets its name; a file that fails never has it.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
@@ -62,11 +62,13 @@ def quantize(
     where, merge = pick_device(device), merge or {}
     if calibration is None and plan.seen is not None:
         calibration = plan.seen()
-    rounder = Rounder(where, calibration, rounding, source.prefix)
     specs = output_specs(source, plan)
+    _check_merge(source, merge)
+    merge = folds.merge(source, plan.folds, merge)
+    calibration = calibration and folds.seen(source, plan.folds, calibration)
+    rounder = Rounder(where, calibration, rounding, source.prefix)
     metadata = output_metadata(source, plan, merged=merged)
     check_target(output, predicted_size(source, plan), overwrite)
-    _check_merge(source, merge)
     hasher = Hasher(source.checkpoint.files)
     steps = _Steps(source, plan, verify, progress)
     try:
@@ -77,7 +79,7 @@ def quantize(
             names = str(source.path), str(output), source.architecture.name, plan.recipe
             runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
             sizes = source.checkpoint.nbytes(), writer.size
-            report = Report(*names, *sizes, layers=layers, needs_comfyui=core_needed(plan), runs=runs)
+            report = Report(*names, *sizes, layers=layers, needs_comfyui=core_needed(plan), runs=runs, folds=plan.folds)
             if verify:
                 verification.verify(source, report, merge, steps.verify, writer.finished())
     finally:
@@ -125,12 +127,12 @@ def _write_tensors(
             if tensor is None:
                 put(writer.write_chunks, key, source.checkpoint.chunks(key))
             elif entry and entry.format != SOURCE:
-                tensors, report = _round(source, layer, entry, _merged(tensor, key, merge), rounder, merge)
+                tensors, report = _round(source, layer, entry, folding.merged(tensor, key, merge), rounder, merge)
                 put(_write_all, writer, tensors)
                 reports.append(report)
             else:
                 kept = source.kept_dtype(layer) if entry or source.is_scaled(key) else tensor.dtype
-                tensor = _merged(tensor, key, merge).to(kept)
+                tensor = folding.merged(tensor, key, merge).to(kept)
                 if entry:
                     refuse_damaged(tensor, f"{source.path}: layer {layer}")
                     reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), tensor.nbytes, entry.reason))
@@ -191,13 +193,9 @@ def _bias(source: Source, layer: str, merge: Merge) -> torch.Tensor | None:
     if key not in source.checkpoint.entries:
         return None
     bias = source.checkpoint.read(key)
-    merged = _merged(bias, key, merge).to(bias.dtype)
-    refuse_damaged(merged, f"{source.path}: layer {layer}", "bias")
-    return merged
-
-
-def _merged(weight: torch.Tensor, key: str, merge: Merge) -> torch.Tensor:
-    return merge[key](weight.float()) if key in merge else weight
+    patched = folding.merged(bias, key, merge).to(bias.dtype)
+    refuse_damaged(patched, f"{source.path}: layer {layer}", "bias")
+    return patched
 
 
 def _check_merge(source: Source, merge: Merge) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from ..errors import CalibQuantError
 from ..formats import SOURCE
+from ..models.folding import Merge
 from ..models.source import Source
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
@@ -20,7 +20,7 @@ TOLERANCE = 1e-3  # of a relative error: the two paths differ by float32 summati
 def verify(
     source: Source,
     report: Report,
-    merge: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    merge: Merge | None = None,
     progress: Progress | None = None,
     path: Path | None = None,
 ) -> None:
@@ -46,6 +46,19 @@ def verify(
                     f"{report.output}: layer {layer.name} has relative error {found:.4e}, reported was "
                     f"{layer.error:.4e}: do not use this file, and report a bug"
                 )
+        _verify_others(source, report, quantized, merge or {})
+
+
+def _verify_others(source: Source, report: Report, quantized: QuantizedFile, merge: Merge) -> None:
+    """What is no layer's and was changed all the same, such as a norm that was folded into."""
+    checked = {f"{layer.name}.{end}" for layer in report.layers for end in ("weight", "bias")}
+    for key in sorted(set(merge) - checked):
+        before = source.checkpoint.read(key)
+        if source.is_scaled(key):  # a convolution
+            before = source.load(key.removesuffix(".weight")).to(source.kept_dtype(key.removesuffix(".weight")))
+        wanted = merge[key](before.float()).to(before.dtype), quantized.checkpoint.read(key)
+        if not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in wanted)):
+            raise CalibQuantError(f"{report.output}: {key} is not what it was to be: do not use it, and report a bug")
 
 
 def _verify_bias(
@@ -53,7 +66,7 @@ def _verify_bias(
     report: Report,
     layer: LayerReport,
     quantized: QuantizedFile,
-    merge: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+    merge: Merge,
 ) -> None:
     key = f"{layer.name}.bias"
     if key not in source.checkpoint.entries:

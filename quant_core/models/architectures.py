@@ -22,6 +22,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 Rules = tuple[tuple[str, str], ...]  # (regular expression, reason), first match wins
 Shared = tuple[tuple[str, tuple[str, ...]], ...]  # (where in the name, kinds); see Architecture.shared
+Bound = tuple[float, float]  # so many times a weight's rows plus so many times its columns
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,42 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class Consumer:
+    """Columns of a Linear of this kind, by default all."""
+
+    kind: str
+    start: Bound = (0, 0)
+    stop: Bound = (0, 1)
+
+
+@dataclass(frozen=True)
+class Producer:
+    """Rows of a Linear, or entries of a norm, of this kind; weight and bias alike, by default all.
+
+    plus_one: the model adds 1 to what they make (a modulation's scale). optional: not every model has it.
+    """
+
+    kind: str
+    start: Bound = (0, 0)
+    stop: Bound = (1, 0)
+    plus_one: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class FoldRule:
+    """Channels whose scale may be changed within one block: producers divide by it, consumers' columns multiply.
+
+    Exact where the consumers see nothing but what the producers make, through linear steps only, and nobody else sees
+    it. head: kind of a norm as long as one head, for attention whose heads share values in groups.
+    """
+
+    consumers: tuple[Consumer, ...]
+    producers: tuple[Producer, ...]
+    head: str = ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One row of the table.
 
@@ -47,6 +84,7 @@ class Architecture:
     the index is then ``10 * block + sub`` (input_blocks.4.1.transformer_blocks.1 is block 41; none has more than 10).
     ``shared`` lists kinds that are called with the same tensor: within one block ("block"), or in all blocks of all
     subgraphs ("model": text context and timestep embedding are computed once and handed to every block).
+    ``folds`` are what ``folding`` may do; tests/test_folding.py checks each against ComfyUI's class.
     """
 
     name: str
@@ -60,6 +98,7 @@ class Architecture:
     protected: Rules = ()
     shape_read: Rules = ()
     notes: Rules = ()
+    folds: tuple[FoldRule, ...] = ()
 
     def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """True if these keys (and shapes, where known), without prefix, are a model of this family."""
@@ -196,6 +235,21 @@ def _numbered(container: str) -> str:
     return rf"^{container}\.(?P<block>\d+)\.(?P<kind>.+)$"
 
 
+def _fold(consumers: Iterable[str], *producers: Producer | str, head: str = "") -> FoldRule:
+    """Whole inputs of these kinds; a producer's name stands for all of its rows."""
+    made = tuple(Producer(one) if isinstance(one, str) else one for one in producers)
+    return FoldRule(tuple(map(Consumer, consumers)), made, head)
+
+
+def _modulated(consumers: Iterable[str], modulation: str, shift: int) -> FoldRule:
+    """Inputs norm * (1 + scale) + shift: the modulation's rows hold shift and scale, each as many as it has columns."""
+    by_one = (
+        Producer(modulation, (0, shift), (0, shift + 1)),
+        Producer(modulation, (0, shift + 1), (0, shift + 2), True),
+    )
+    return _fold(consumers, *by_one)
+
+
 # --- rows
 # Z-Image differs from Lumina 2 by a modulation without SiLU, so its Linear is number 0 of its Sequential, not 1.
 # ComfyUI tells them apart by the width (3840); the key says the same of all published files, and of small models too.
@@ -225,6 +279,15 @@ _LUMINA2 = Architecture(
         (r"\.adaLN_modulation\.[01]$", "convert_to_quant --zimage keeps it; the published recipes keep layers 22-29"),
         (r"^(?:context|noise)_refiner\.", "convert_to_quant --zimage_refiner keeps it: a refiner has only two blocks"),
         (r"^layers\.29\.attention\.qkv$", "the published recipes keep it: only the final layer follows"),
+    ),
+    # All subgraphs are of one class. adaLN_modulation sees the timestep embedding, which the final layer sees through
+    # a SiLU: no fold. clamp_fp16 after w1, w3 acts on overflows only.
+    folds=(
+        _fold(("attention.qkv",), "attention_norm1"),
+        _fold(("feed_forward.w1", "feed_forward.w3"), "ffn_norm1"),
+        # q has as many rows as the input has channels; k and v halve the rest
+        _fold(("attention.out",), Producer("attention.qkv", (0.5, 0.5)), head="attention.k_norm"),
+        _fold(("feed_forward.w2",), "feed_forward.w3"),
     ),
 )
 
@@ -267,6 +330,13 @@ _WAN = Architecture(
         (r"^head\.", _FINAL),
         *_NORM,
     ),
+    # Not self_attn.q, k, v and ffn.0: their modulation comes from a table plus one Linear for all blocks. Not ffn.2:
+    # GELU. Not cross_attn.k, v: all blocks see the embedded text.
+    folds=(
+        _fold(("cross_attn.q",), "norm3"),
+        _fold(("self_attn.o",), "self_attn.v"),
+        _fold(("cross_attn.o",), "cross_attn.v", Producer("cross_attn.v_img", optional=True)),
+    ),
 )
 
 # Modulation within blocks may be quantized: it is 3.2 of Flux's 11.9 billion weights (bf16 adds 4.6 GB to an NVFP4
@@ -293,6 +363,18 @@ _FLUX = Architecture(
         (r"^vector_in\.in_layer$", _READ.format("the width of the pooled text")),
     ),
     notes=((r"\.(?:img_mod|txt_mod|modulation)\.lin$", _MODULATION_NOTE),),
+    # Not mlp.2 and the other columns of linear2: GELU. Not the modulation: all blocks see the same vector.
+    folds=(
+        *(_modulated((f"{side}_attn.qkv",), f"{side}_mod.lin", 0) for side in ("img", "txt")),
+        *(_modulated((f"{side}_mlp.0",), f"{side}_mod.lin", 3) for side in ("img", "txt")),
+        _modulated(("linear1",), "modulation.lin", 0),
+        # attention over both: every output holds values of either
+        _fold(
+            ("img_attn.proj", "txt_attn.proj"),
+            *(Producer(f"{side}_attn.qkv", (0, 2), (0, 3)) for side in ("img", "txt")),
+        ),
+        FoldRule((Consumer("linear2", stop=(1, 0)),), (Producer("linear1", (0, 2), (0, 3)),)),
+    ),
 )
 
 _UNET_REST = r"\.(?:transformer_blocks\.(?P<sub>\d+)\.)?(?P<kind>.+)$"
@@ -323,6 +405,16 @@ _SDXL = Architecture(
         (r"^label_emb\.0\.0$", _READ.format("the width of the pooled text")),
         # Only the first transformer is read: input block 4; 3 in KOALA, 1 in SD 2.1 unCLIP, which share these keys.
         (r"^input_blocks\.[134]\.1\.transformer_blocks\.0\.attn2\.to_k$", _READ.format("the text features' width")),
+    ),
+    # Not attn2.to_v -> attn2.to_out.0: IP-Adapters add values of their own between the two. Where attn1 sees the text
+    # (x4 upscaler) widths differ, and proj_in may be a convolution: no fold then.
+    folds=(
+        _fold(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "norm1"),
+        _fold(("attn2.to_q",), "norm2"),
+        _fold(("ff.net.0.proj",), "norm3"),
+        _fold(("attn1.to_out.0",), "attn1.to_v"),
+        _fold(("ff.net.2",), Producer("ff.net.0.proj", stop=(0.5, 0))),  # the other half is the gate
+        _fold(("proj_in",), "norm"),
     ),
 )
 
@@ -359,6 +451,14 @@ _QWEN_IMAGE = Architecture(
     notes=(
         (r"\.(?:img|txt)_mod\.1$", _MODULATION_NOTE),
         (r"^transformer_blocks\.(?:0|1|58|59)\.", "NVIDIA's Qwen-Image-NVFP4 keeps the first and last two blocks"),
+    ),
+    # Not net.2: GELU. Not the modulation: all blocks see the same vector.
+    folds=(
+        _modulated(("attn.to_q", "attn.to_k", "attn.to_v"), "img_mod.1", 0),
+        _modulated(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_mod.1", 0),
+        _modulated(("img_mlp.net.0.proj",), "img_mod.1", 3),
+        _modulated(("txt_mlp.net.0.proj",), "txt_mod.1", 3),
+        _fold(("attn.to_out.0", "attn.to_add_out"), "attn.to_v", "attn.add_v_proj"),
     ),
 )
 

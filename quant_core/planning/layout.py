@@ -16,6 +16,7 @@ from ..formats import FORMATS, SOURCE, changes_shape
 from ..models.source import Source
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
+from . import folds
 from .plan import Plan, check_input_scale
 from .targets import core_needed
 
@@ -92,6 +93,9 @@ def output_metadata(
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
     }
+    if plan.folds:
+        provenance[folds.KEY] = folds.to_json(plan.folds)
+        provenance["folded"] = {"layers": folds.changed(source, plan.folds), "note": folds.LORAS}
     metadata = {k: v for k, v in source.checkpoint.metadata.items() if k not in (METADATA_KEY, PROVENANCE_KEY)}
     if ours or untouched:
         metadata[METADATA_KEY] = json.dumps({"format_version": "1.0", "layers": {**untouched, **ours}})
@@ -106,6 +110,7 @@ def predicted_size(source: Source, plan: Plan) -> int:
 
 def check(source: Source, plan: Plan) -> None:
     """CalibQuantError when the plan does not fit the source."""
+    folds.check(source, plan.folds)
     for layer, entry in plan.layers.items():
         known = layer in source.layers or layer in source.convolutions
         if not known:

@@ -14,6 +14,8 @@ from ..evidence.calibration import Calibration
 from ..files.text import parse_json, read_text, write_text
 from ..formats import FORMATS, SOURCE
 from ..rounding.layerplan import LayerPlan
+from . import folds
+from .folds import Fold
 
 FORMAT_VERSION = 1
 ROUNDINGS = ("", "hswq")
@@ -34,6 +36,7 @@ class Plan:
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     size: int = 0
     calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
+    folds: dict[str, Fold] = field(default_factory=dict)  # what changes the scale of channels, by group
     seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
 
     def count(self) -> dict[str, int]:
@@ -68,6 +71,7 @@ def from_json(text: str, origin: str = "plan") -> Plan:
             layers,
             int(raw["size"]),
             _summary(raw.get("calibration")),
+            folds.parse(raw.get("folds"), origin),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CalibQuantError(f"{origin}: is no plan of this tool ({e!r}): make the plan again") from e

@@ -20,7 +20,7 @@ from ..models.architectures import LayerInfo
 from ..models.source import Source
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
-from . import convert_to_quant, scoring
+from . import convert_to_quant, folds, scoring
 from .layout import predicted_size
 from .plan import LEAST_SCALE, Plan
 from .scoring import ScoreOptions
@@ -226,7 +226,7 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
     Never a percentile: clipping activations costs more than the finer grid gains (facts/peers.md §3.3). FP8 layers
     that ran weight-only for want of a scale are freed to run W8A8.
     """
-    layers = dict(plan.layers)
+    layers, calibration = dict(plan.layers), folds.seen(source, plan.folds, calibration)
     for name, entry in plan.layers.items():
         seen = calibration.layers.get(name.removeprefix(source.prefix))
         amax = float(seen.input_amax.max()) if seen else 0.0
@@ -243,11 +243,14 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
 
 
 def smoothed(source: Source, plan: Plan, calibration: Calibration) -> Plan:
-    """The plan with ``pre_quant_scale`` for every calibrated NVFP4 layer whose activations become FP4."""
-    layers = dict(plan.layers)
+    """The plan with ``pre_quant_scale`` for every calibrated NVFP4 layer whose activations become FP4.
+
+    Not where the plan folds into all of a layer's inputs, or found that nothing helps there.
+    """
+    layers, reached = dict(plan.layers), folds.reached(source, plan.folds)
     for name, entry in plan.layers.items():
         seen = name.removeprefix(source.prefix) in calibration.layers
-        if entry.format in smoothing.FORMATS and seen and not entry.full_precision:
+        if entry.format in smoothing.FORMATS and seen and not entry.full_precision and name not in reached:
             layers[name] = replace(entry, pre_quant_scale=True)
     return sized(source, replace(plan, layers=layers))
 

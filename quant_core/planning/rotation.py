@@ -9,11 +9,13 @@ import torch
 from ..errors import OptionError
 from ..evidence.calibration import Calibration
 from ..formats import FORMATS
+from ..models.folding import Merge, merged
 from ..models.source import Source
 from ..progress import Progress
 from ..rounding.judge import Judge, as_loaded
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import nearest
+from . import folds
 from .plan import Plan
 from .recipes import sized
 
@@ -38,7 +40,8 @@ def rotated(
     wanted = [name for name, entry in plan.layers.items() if entry.format == PLAIN and _divides(source, name)]
     if rotate == "never" or not wanted:
         return plan
-    layers = dict(plan.layers)
+    layers, merge = dict(plan.layers), folds.merge(source, plan.folds)
+    seen = calibration and folds.seen(source, plan.folds, calibration)
     for i, name in enumerate(wanted):
         if progress:
             progress(i, len(wanted), name)
@@ -46,7 +49,7 @@ def rotated(
         if rotate == "always":
             layers[name] = replace(entry, format=ROTATED, reason=f"{entry.reason}; rotated")
         else:
-            layers[name] = _better(source, name, entry, calibration)
+            layers[name] = _better(source, name, entry, seen, merge)
     return sized(source, replace(plan, layers=layers))
 
 
@@ -54,12 +57,13 @@ def _divides(source: Source, layer: str) -> bool:
     return not FORMATS[ROTATED].obstacle(source.shape(layer))
 
 
-def _better(source: Source, layer: str, entry: LayerPlan, calibration: Calibration | None) -> LayerPlan:
+def _better(source: Source, layer: str, entry: LayerPlan, calibration: Calibration | None, merge: Merge) -> LayerPlan:
     name = layer.removeprefix(source.prefix)
     known = calibration is not None and name in calibration.layers
     group = calibration.layers[name].group if calibration and known else ""
     rows = calibration.rows_of(name) if calibration and group in calibration.rows else torch.empty(0, 0)
-    weight, where = source.load(layer), f"{source.path}: layer {layer}"
+    weight = merged(source.load(layer), f"{layer}.weight", merge)
+    where = f"{source.path}: layer {layer}"
     judge, errors = Judge(weight, rows), {}
     for choice in (PLAIN, ROTATED):
         fmt, tried = FORMATS[choice], replace(entry, format=choice)

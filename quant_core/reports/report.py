@@ -9,6 +9,8 @@ from statistics import fmean
 
 from ..files.text import change_of_size
 from ..formats import FORMATS, SOURCE, title
+from ..planning import folds as folding
+from ..planning.folds import Fold
 
 FEW_RUNS = 4  # below it, errors on other prompts were 3 to 7 times those on the calibration's own (demo model)
 NOTES = 3  # reasons shown
@@ -47,6 +49,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     needs_comfyui: str = ""  # the first version that reads the file
     runs: int | None = None  # of the calibration that layers were rounded with
+    folds: dict[str, Fold] = field(default_factory=dict)  # by group; see planning.folds
 
     def count(self) -> dict[str, int]:
         counts = Counter(layer.format for layer in self.layers)
@@ -63,7 +66,10 @@ class Report:
         return fmean(errors) if errors else 0.0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        entries = asdict(self)
+        for fold in entries["folds"].values():
+            del fold["exponents"]
+        return json.dumps(entries, indent=1) + "\n"
 
     def summary(self) -> str:
         """Three lines for the node and the terminal: size, layers per format, worst layer."""
@@ -78,7 +84,8 @@ class Report:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
         if self.needs_comfyui:
             lines.append(f"needs ComfyUI {self.needs_comfyui} or newer")
-        return "\n".join([*lines, *self._rounding(), *self._compromises(), *self._gains()])
+        folded = folding.summary(self.folds)
+        return "\n".join([*lines, *self._rounding(), *self._compromises(), *self._gains(), *folded])
 
     def _rounding(self) -> list[str]:
         """Mean output error by rounding, over the layers that were measured on sampled inputs."""

@@ -77,13 +77,7 @@ class _Inputs:
 
     def scaled(self, factor: torch.Tensor) -> _Inputs:
         """The inputs times ``factor`` [in]."""
-        stats = replace(
-            self.stats,
-            input_mean=self.stats.input_mean * factor,
-            input_sqmean=self.stats.input_sqmean * factor.square(),
-            input_amax=self.stats.input_amax * factor,
-        )
-        return replace(self, rows=self.rows.float() * factor, stats=stats)
+        return replace(self, rows=self.rows.float() * factor, stats=self.stats.scaled(factor))
 
 
 @dataclass(frozen=True)
