@@ -2,8 +2,9 @@
 
 from .comparison import compare
 from .conversion import convert
+from .error_lora import error_lora
 from .finished import QuantizedFile
 from .quantization import quantize
 from .verification import verify
 
-__all__ = ["QuantizedFile", "compare", "convert", "quantize", "verify"]
+__all__ = ["QuantizedFile", "compare", "convert", "error_lora", "quantize", "verify"]

@@ -31,7 +31,7 @@ def compare(
     """
     layers = []
     with QuantizedFile(path) as quantized:
-        pairs = _pairs(source, quantized)
+        pairs = layer_pairs(source, quantized)
         for i, (name, other) in enumerate(pairs):
             if progress:
                 progress(i, len(pairs), f"compare {name}")
@@ -78,7 +78,7 @@ def _with_output_errors(
     return replace(report, output_errors={"file": judge.error(decoded, shift)}, loader_error=loader)
 
 
-def _pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str]]:
+def layer_pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str]]:
     """(layer in the source, layer in the file): the two may carry different prefixes."""
     pairs = []
     for name in source.layers:
