@@ -67,7 +67,9 @@ def error_lora(
                 gains.append(gain)
                 specs += _put(waiting, name.removeprefix(source.prefix), factors) if gain.rank else []
             if not specs:
-                raise CalibQuantError(f"{file.checkpoint.path}: a LoRA of rank {rank} corrects no layer: use it as it is")
+                raise CalibQuantError(
+                    f"{file.checkpoint.path}: a LoRA of rank {rank} corrects no layer: use it as it is"
+                )
             metadata = _metadata(source, file, rank, calibration, gains, hasher.result())
         finally:
             hasher.cancel()
@@ -102,7 +104,10 @@ class _Fit:
 
     def __init__(self, source: Source, file: QuantizedFile, rank: int, calibration: Calibration | None) -> None:
         self._source, self._file, self._rank, self._calibration = source, file, rank, calibration
-        self._inputs: tuple[str, Inputs | None] = "", None  # of the last group: layers that share an input are neighbours
+        self._inputs: tuple[str, Inputs | None] = (
+            "",
+            None,
+        )  # of the last group: layers that share an input are neighbours
         self.runs = 0
 
     def layer(self, name: str, other: str) -> tuple[LayerGain, Factors]:
