@@ -57,8 +57,8 @@ class CalibQuantLoadSplit(io.ComfyNode):
         if lora is None:
             problem = "cannot be found" if not loras else "is another one (its SHA-256 differs)"
             raise CalibQuantError(
-                f"{path}: is wrong without its LoRA {name}, which {problem}: put the one made with it into models/loras "
-                "or beside it"
+                f"{path}: is wrong without its LoRA {name}, which {problem}: put the one made with it into "
+                "models/loras or beside it"
             )
         return io.NodeOutput(bypass.with_branch(bypass.load_model(path), lora, path))
 

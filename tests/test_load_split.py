@@ -194,6 +194,16 @@ def test_an_ordinary_lora_after_it_keeps_the_branch(pack: dict[str, Any], split:
     assert 1e-4 < close(sample(merged), reference(split, [delta])) < 0.2
 
 
+def test_the_stock_bypass_loader_takes_both_from_one_file(pack: dict[str, Any], split: Path, installed: Path) -> None:
+    delta = user_lora(installed, "one.safetensors", 0)
+    both, plain = installed / "loras" / "both.safetensors", importlib.import_module("comfy.sd").load_diffusion_model
+    jobs.concat_loras(
+        [(installed / "loras" / name, s) for name, s in ((BRANCH, 1), ("one.safetensors", 0.7))], both, True
+    )
+    expected = reference(split, [{layer: 0.7 * added for layer, added in delta.items()}])
+    assert close(sample(stock(plain(str(split / MAIN)), both.name)), expected) < 1e-4
+
+
 def test_the_lora_is_also_found_beside_the_main_file(pack: dict[str, Any], installed: Path) -> None:
     (installed / "loras" / BRANCH).rename(installed / "diffusion_models" / BRANCH)
     assert load(pack).get_injections("calibquant_split")

@@ -18,8 +18,8 @@ RANK = 32
 
 def options(c: argparse.ArgumentParser) -> None:
     c.usage = USAGE
-    c.add_argument("words", type=path, nargs="+", metavar="SOURCE QUANT | concat A B:STRENGTH",
-        help="the 16-bit model and the file made from it; or a split's LoRA and others to be loaded with it")  # fmt: skip
+    words = c.add_argument("words", type=path, nargs="+", metavar="SOURCE QUANT | concat A B:STRENGTH")
+    words.help = "the 16-bit model and the file made from it; or a split's LoRA and others to be loaded with it"
     c.add_argument("-o", "--output", type=path, required=True, metavar="LORA.safetensors")
     c.add_argument("--rank", type=positive, metavar="N", help=f"of the factors of each layer (default {RANK})")
     c.add_argument("--calibration", type=path, metavar="C", help="fit to what layers see, on the rows sampled in C")

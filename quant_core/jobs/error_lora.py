@@ -16,13 +16,13 @@ from .. import __version__
 from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration
 from ..files.checkpoint import COPY_CHUNK, HASH_PLACEHOLDER, Hasher, TensorSpec, Writer
-from ..files.disk import check_output
+from ..files.disk import check_output, reason
 from ..files.markers import PROVENANCE_KEY, provenance
 from ..formats import SOURCE
 from ..models import lora
 from ..models.source import Source
 from ..progress import Progress
-from ..reports.lora_report import BYPASS, LayerGain, LoraReport
+from ..reports.lora_report import BLIND, BYPASS, LayerGain, LoraReport
 from ..rounding.factors import RIDGES, Factors, Inputs, fitted, largest_part
 from ..rounding.judge import as_loaded
 from ..rounding.pack import refuse_damaged
@@ -65,11 +65,9 @@ def error_lora(
                     progress(i, len(layers), f"correct {name}")
                 gain, factors = fit.layer(name, other)
                 gains.append(gain)
-                specs += _put(waiting, name.removeprefix(source.prefix), factors) if gain.rank else []
+                specs += _put(waiting, output, gain.name, factors) if gain.rank else []
             if not specs:
-                raise CalibQuantError(
-                    f"{file.checkpoint.path}: a LoRA of rank {rank} corrects no layer: use it as it is"
-                )
+                raise CalibQuantError(f"{quantized}: a LoRA of rank {rank} corrects no layer: use the file as it is")
             metadata = _metadata(source, file, rank, calibration, gains, hasher.result())
         finally:
             hasher.cancel()
@@ -77,7 +75,8 @@ def error_lora(
         with Writer(output, specs, metadata, overwrite) as writer:
             for spec in specs:
                 writer.write_chunks(spec.name, _chunks(waiting, spec.nbytes))
-        return LoraReport(str(output), writer.size, rank, gains, fit.runs)
+        blind = calibration is None and "gptq" in str((provenance(file.checkpoint) or {}).get("rounding"))
+        return LoraReport(str(output), writer.size, rank, gains, fit.runs, BLIND if blind else "")
 
 
 def _layers(source: Source, file: QuantizedFile) -> list[tuple[str, str]]:
@@ -87,8 +86,8 @@ def _layers(source: Source, file: QuantizedFile) -> list[tuple[str, str]]:
         raise CalibQuantError(f"{path}: is a split file, whose branch corrects it already: give one without a split")
     if made.get("merged_patches_sha256", HASH_PLACEHOLDER) != HASH_PLACEHOLDER:
         raise CalibQuantError(
-            f"{path}: has LoRAs baked in, which a correction towards {source.name} would take out again: bake them into "
-            "a 16-bit file first, and give that as the source"
+            f"{path}: has LoRAs baked in, which a correction towards {source.name} would take out again: bake them "
+            "into a 16-bit file first, and give that as the source"
         )
     found = [(name, other) for name, other in layer_pairs(source, file) if file.format(other) != SOURCE]
     unknown = file.configs.keys() - {other for _, other in found}
@@ -107,7 +106,7 @@ class _Fit:
         self._inputs: tuple[str, Inputs | None] = (
             "",
             None,
-        )  # of the last group: layers that share an input are neighbours
+        )  # of the last group: its layers are neighbours
         self.runs = 0
 
     def layer(self, name: str, other: str) -> tuple[LayerGain, Factors]:
@@ -173,11 +172,14 @@ def _by_weights(weight: torch.Tensor, decoded: torch.Tensor, rank: int) -> tuple
     return lost.square().sum().item() / energy, after / energy, (up, down)
 
 
-def _put(waiting: IO[bytes], layer: str, factors: Factors) -> list[TensorSpec]:
+def _put(waiting: IO[bytes], output: Path, layer: str, factors: Factors) -> list[TensorSpec]:
     """Append the factors' bytes; what they will be in the file."""
     specs = []
     for key, factor in zip(lora.keys(layer), factors, strict=True):
-        waiting.write(memoryview(factor.contiguous().view(-1).view(torch.uint8).numpy()))
+        try:
+            waiting.write(memoryview(factor.contiguous().view(-1).view(torch.uint8).numpy()))
+        except OSError as e:
+            raise CalibQuantError(f"{output}: cannot be written: {reason(e)}") from e
         specs.append(TensorSpec(key, factor.dtype, tuple(factor.shape)))
     return specs
 

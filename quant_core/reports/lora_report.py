@@ -9,8 +9,13 @@ from ..files.text import counted
 
 SHOWN = 10  # layers, worst first
 BYPASS = (
-    "Load it with Load LoRA (Bypass, Model Only) at strength 1, from the same file's MODEL. The ordinary LoRA loader merges "
-    "it into the quantized weights and rounds them again, which costs more than it brings."
+    "Load it with Load LoRA (Bypass, Model Only) at strength 1 on the MODEL of that file. The ordinary LoRA loader "
+    "merges it into the quantized weights and rounds them again, which costs more than it brings."
+)
+# Measured on the demo model as a GPU with NVFP4 runs it, mean layer error at rank 32: 4.81e-3 -> 5.08e-3.
+BLIND = (
+    "this file was rounded by GPTQ, whose errors cancel in the outputs, and the LoRA was made from its weights alone: "
+    "it may cost more than it brings; give it a calibration"
 )
 
 
@@ -34,6 +39,7 @@ class LoraReport:
     rank: int
     layers: list[LayerGain] = field(default_factory=list)
     runs: int = 0
+    note: str = ""
 
     def summary(self) -> str:
         """The worst layers before and after, and how to load the file."""
@@ -45,7 +51,7 @@ class LoraReport:
         for calibrated in (True, False):
             layers = [layer for layer in self.layers if layer.calibrated == calibrated]
             lines += self._table(layers, calibrated) if layers else []
-        return "\n".join([*lines, BYPASS])
+        return "\n".join([*lines, *([f"warning: {self.note}"] if self.note else []), BYPASS])
 
     def _table(self, layers: list[LayerGain], calibrated: bool) -> list[str]:
         of = "weights (without inputs)"
