@@ -44,12 +44,15 @@ def _as_in_a_graph() -> Iterator[None]:
         importlib.import_module("comfy.model_management").unload_all_models()
 
 
-@pytest.fixture(scope="module")
-def split(comfy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of the demo model by plain SVD: R = W - BA in NVFP4, BA beside it. The folder of both."""
+@pytest.fixture(scope="module", params=["nvfp4", "int8"])
+def split(request: pytest.FixtureRequest, comfy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split of the demo model by plain SVD: R = W - BA quantized, BA beside it. The folder of both.
+
+    INT8 because newer cores compute some of its layers without calling their module.
+    """
     tensors, factors = load_file(DEMO), {}
     with Source(DEMO) as source:
-        plan = recipes.make_plan(source, "nvfp4")
+        plan = recipes.make_plan(source, request.param)
         for layer in plan.quantized():
             weight = tensors[f"{layer}.weight"].float()
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
@@ -191,7 +194,7 @@ def test_an_ordinary_lora_after_it_keeps_the_branch(pack: dict[str, Any], split:
     """It requantizes the layers it patches, as on every quantized model: larger error, no garbage."""
     delta = user_lora(installed, "one.safetensors", 0)
     merged = stock(load(pack), "one.safetensors", "LoraLoaderModelOnly")
-    assert 1e-4 < close(sample(merged), reference(split, [delta])) < 0.2
+    assert 1e-6 < close(sample(merged), reference(split, [delta])) < 0.2
 
 
 def test_the_stock_bypass_loader_takes_both_from_one_file(pack: dict[str, Any], split: Path, installed: Path) -> None:
