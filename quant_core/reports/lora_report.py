@@ -10,7 +10,9 @@ from ..files.text import counted
 SHOWN = 10  # layers, worst first
 BYPASS = (
     "Load it with Load LoRA (Bypass, Model Only) at strength 1 on the MODEL of that file. The ordinary LoRA loader "
-    "merges it into the quantized weights and rounds them again, which costs more than it brings."
+    "merges it into the quantized weights and rounds them again, which costs more than it brings (demo model, NVFP4 to "
+    "nearest with a fitted LoRA, error of the final latent: .0080 without, .0028 by the bypass loader, .026 by the "
+    "ordinary one)."
 )
 # Measured on the demo model as a GPU with NVFP4 runs it, mean layer error at rank 32: 4.81e-3 -> 5.08e-3.
 BLIND = (
