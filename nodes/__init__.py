@@ -11,6 +11,7 @@ from .calibrate import (
     CalibQuantSaveCalibration,
 )
 from .comfyui import folders
+from .lora import CalibQuantErrorLora, CalibQuantLoadSplit
 from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
 from .prompts import CalibQuantLoadPromptSet, CalibQuantPromptSet
@@ -19,6 +20,7 @@ from .quantize import CalibQuantQuantize
 NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
+    *(CalibQuantErrorLora, CalibQuantLoadSplit),
 ]
 
 

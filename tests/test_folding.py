@@ -315,6 +315,21 @@ def test_folds_quiet_loud_channels_of_every_block_linear(
     assert all(fold.after < fold.before for fold in folded.folds.values())
 
 
+def test_an_error_lora_corrects_towards_the_folded_model(
+    loud: tuple[Path, calibration.Calibration], tmp_path: Path
+) -> None:
+    path, seen = loud
+    with Source(path) as source:
+        _, folded = planned(source, seen, "nvfp4")
+        out = tmp_path / "folded.safetensors"
+        jobs.quantize(source, folded, out, device="cpu", calibration=seen)
+        lost = {layer.name: layer.error for layer in jobs.compare(source, out).layers}
+        made = jobs.error_lora(source, out, tmp_path / "lora.safetensors", rank=4)
+    assert {gain.name: gain.before for gain in made.layers} == pytest.approx(
+        {name: lost[name] for name in folded.quantized()}, rel=1e-4
+    )
+
+
 def test_what_does_not_help_on_other_runs_is_left_alone() -> None:
     """Channels that are loud in the runs to fit on and silent in the others, and channels that are all alike."""
     generator = torch.Generator().manual_seed(0)

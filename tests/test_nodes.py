@@ -32,7 +32,13 @@ from quant_core.planning import folds, recipes
 
 MODEL = "calibquant_digits_wan.safetensors"
 DEMO = models.ROOT / "workflows" / "models" / MODEL
-NODE_IDS = ["CalibQuantPlan", "CalibQuantQuantize", "CalibQuantLoadPromptSet"]
+NODE_IDS = [
+    "CalibQuantPlan",
+    "CalibQuantQuantize",
+    "CalibQuantLoadPromptSet",
+    "CalibQuantErrorLora",
+    "CalibQuantLoadSplit",
+]
 WORKFLOW = "quantize_demo_model"
 Graph = dict[str, Any]
 pytestmark = pytest.mark.core
@@ -134,7 +140,7 @@ def test_every_input_and_output_is_explained(pack: dict[str, Any], node_id: str)
         *described(schema.inputs),
         *((output.display_name or output.id, output.tooltip) for output in schema.outputs),
     ]
-    assert len(explained) >= 3
+    assert len(explained) >= 2
     for name, tooltip in explained:
         assert tooltip and len(tooltip) > 10, name
         assert f"**{name}**" in page, f"{node_id}.md does not explain {name}"

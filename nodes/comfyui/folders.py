@@ -17,6 +17,7 @@ CALIBRATIONS = "calibquant_calibrations"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
 MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
+SPLIT, SPLIT_LORA = ".split", ".split.lora.safetensors"  # in the names of a split's main file and of its LoRA
 CHECKPOINTS = "checkpoints/"  # how an all-in-one checkpoint is told from a diffusion model in a list of both
 
 
@@ -50,6 +51,24 @@ def model_names() -> list[str]:
     checkpoints = [CHECKPOINTS + name for name in _names("checkpoints")]
     names = _names("diffusion_models") + checkpoints
     return [name for name in names if name.endswith(".safetensors")]
+
+
+def split_names() -> list[str]:
+    """Of model_names() those that say by their name that they are split."""
+    return [name for name in model_names() if SPLIT in Path(name).name and not name.endswith(SPLIT_LORA)]
+
+
+def split_lora_paths(lora: str, main: Path) -> list[Path]:
+    """Every file that may be a split's LoRA: of that name in the loras folders, then beside its main file."""
+    names = [name for name in _names("loras") if Path(name).name == lora]
+    found = [folder_paths.get_full_path("loras", name) for name in names]
+    beside = main.with_name(lora)
+    return [*(Path(path) for path in found if path), *([beside] if beside.is_file() else [])]
+
+
+def new_lora_path(prefix: str) -> tuple[Path, str]:
+    """A LoRA's file name not yet taken in ComfyUI's output folder, and the name under which a stock loader finds it."""
+    return _numbered("loras", prefix, ".safetensors")
 
 
 def model_path(name: str) -> Path:

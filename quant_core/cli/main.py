@@ -15,7 +15,7 @@ from types import ModuleType
 from .. import __version__
 from ..errors import CalibQuantError, OptionError
 from ..files.disk import discard_unfinished, reason
-from . import calibration, compare, convert, demo, inspect, plan, probe, quantize
+from . import calibration, compare, convert, demo, inspect, lora, plan, probe, quantize
 
 COMMANDS: dict[str, ModuleType] = {  # each has HELP, options(parser) and run(arguments)
     "inspect": inspect,
@@ -24,6 +24,7 @@ COMMANDS: dict[str, ModuleType] = {  # each has HELP, options(parser) and run(ar
     "quantize": quantize,
     "compare": compare,
     "convert": convert,
+    "lora": lora,
     "calibration": calibration,
     "demo": demo,
 }

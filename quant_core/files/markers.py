@@ -76,6 +76,13 @@ def provenance(file: Headers) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def split_of(file: Headers) -> tuple[str, str] | None:
+    """File name and SHA-256 of the LoRA without which a split's main file is wrong; None for any other file."""
+    split = (provenance(file) or {}).get("split")
+    found = (split.get("lora"), split.get("sha256")) if isinstance(split, dict) else ()
+    return found if found and all(isinstance(text, str) for text in found) else None
+
+
 def _flat(config: Any) -> Any:
     """Some tools put all but the format into an object ``params``; the loader takes either, the outer one first."""
     inner = config.get("params") if isinstance(config, dict) else None

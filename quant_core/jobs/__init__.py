@@ -1,9 +1,11 @@
 """The jobs: quantize a source by a plan, convert another dialect, verify and compare a finished file."""
 
 from .comparison import compare
+from .concat_lora import concat_loras
 from .conversion import convert
+from .error_lora import error_lora
 from .finished import QuantizedFile
 from .quantization import quantize
 from .verification import verify
 
-__all__ = ["QuantizedFile", "compare", "convert", "quantize", "verify"]
+__all__ = ["QuantizedFile", "compare", "concat_loras", "convert", "error_lora", "quantize", "verify"]

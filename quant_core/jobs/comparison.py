@@ -35,7 +35,7 @@ def compare(
     """
     layers = []
     with QuantizedFile(path) as quantized:
-        pairs, folded = _pairs(source, quantized), quantized.folds()
+        pairs, folded = layer_pairs(source, quantized), quantized.folds()
         merge = folds.merge(source, folded)
         calibration = calibration and folds.seen(source, folded, calibration)
         for i, (name, other) in enumerate(pairs):
@@ -86,7 +86,7 @@ def _with_output_errors(
     return replace(report, output_errors={"file": judge.error(decoded, shift)}, loader_error=loader)
 
 
-def _pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str]]:
+def layer_pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str]]:
     """(layer in the source, layer in the file): the two may carry different prefixes."""
     pairs = []
     for name in source.layers:

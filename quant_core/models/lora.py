@@ -11,10 +11,12 @@ import torch
 PREFIX = "diffusion_model."
 UP, DOWN = ".lora_up.weight", ".lora_down.weight"
 DTYPE = torch.bfloat16
+NOT_IN_THE_MODEL = "core."  # what begins the names in PixelDiT's files and is taken off by the loader
 
 
 def keys(layer: str) -> tuple[str, str]:
     """The keys of a layer's two factors, up and down; ``layer`` without the checkpoint's prefix."""
+    layer = layer.removeprefix(NOT_IN_THE_MODEL)
     return f"{PREFIX}{layer}{UP}", f"{PREFIX}{layer}{DOWN}"
 
 
