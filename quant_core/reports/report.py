@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
-from ..files.text import change_of_size
+from ..files.text import change_of_size, gigabytes
 from ..formats import FORMATS, SOURCE, title
 
 FEW_RUNS = 4  # below it, errors on other prompts were 3 to 7 times those on the calibration's own (demo model)
@@ -31,6 +31,8 @@ class LayerReport:
     loader_error: float | None = None  # of outputs with the inputs quantized as the loader will
     bias_change: float = 0.0  # norm of what was added to the bias
     held_out: int = 0  # runs, unseen by GPTQ, that output errors were measured on; 0: in-sample
+    rank: int = 0  # of the branch
+    unsplit_error: float | None = None  # loader_error without the branch
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     needs_comfyui: str = ""  # the first version that reads the file
     runs: int | None = None  # of the calibration that layers were rounded with
+    lora: str = ""  # the file without which a split one is wrong
+    lora_bytes: int = 0
 
     def count(self) -> dict[str, int]:
         counts = Counter(layer.format for layer in self.layers)
@@ -78,7 +82,19 @@ class Report:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
         if self.needs_comfyui:
             lines.append(f"needs ComfyUI {self.needs_comfyui} or newer")
-        return "\n".join([*lines, *self._rounding(), *self._compromises(), *self._gains()])
+        return "\n".join([*lines, *self._split(), *self._rounding(), *self._compromises(), *self._gains()])
+
+    def _split(self) -> list[str]:
+        """How to load a file that is wrong by itself."""
+        if not self.lora:
+            return []
+        ranks = [layer.rank for layer in self.layers if layer.rank]
+        what = f", ranks {min(ranks)} to {max(ranks)}, mean {fmean(ranks):.1f} of {len(ranks)} layers" if ranks else ""
+        return [
+            f"wrong without its LoRA {self.lora} ({gigabytes(self.lora_bytes)}{what})",
+            "to load: the node Load Split Model; or Load Diffusion Model, then LoraLoaderBypassModelOnly at strength 1",
+            "never an ordinary LoRA loader (it merges and rounds again) nor a second bypass loader (it drops the first)",
+        ]
 
     def _rounding(self) -> list[str]:
         """Mean output error by rounding, over the layers that were measured on sampled inputs."""
@@ -88,6 +104,10 @@ class Report:
         parts = [f"{name} {fmean(errors):.2e}" for name, errors in self._by_ingredient(measured).items()]
         loader = [layer.loader_error for layer in measured if layer.loader_error is not None]
         parts += [f"as the loader runs it {fmean(loader):.2e}"] if loader else []
+        split = [layer for layer in measured if layer.unsplit_error is not None]
+        if split:
+            before, after = fmean(layer.unsplit_error for layer in split), fmean(layer.loader_error for layer in split)
+            parts += [f"of the {len(split)} layers with a branch {after:.2e}, {before:.2e} without"]
         used = Counter(layer.rounding for layer in measured if layer.rounding)
         lines = [f"output error {self._judged_on(measured)}, mean of {len(measured)} layers, weights only: "]
         lines[0] += ", ".join(parts)

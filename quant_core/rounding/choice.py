@@ -39,6 +39,7 @@ class Rounded:
     loader_error: the same with the inputs quantized as the loader will; gains: hswq.Gains as a dict.
     held_out: the number of runs, unseen by GPTQ, that these errors were measured on; 0: on what it was fitted to.
     branch: what was split off before rounding; errors are those of the two together, relative to the whole layer.
+    unsplit_error: loader_error without the branch.
     """
 
     packed: Packed
@@ -51,6 +52,7 @@ class Rounded:
     extra: FileTensors = field(default_factory=dict)
     held_out: int = 0
     branch: split.Branch | None = None
+    unsplit_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,13 @@ class Rounder:
         branch = self._branch(task, task.inputs.fitted)
         trial = self._trial(task.without(branch), self._shared_factor)
         if not trial.loader < plain.loader:
-            note = f"no branch: {trial.loader:.2e} with it, {plain.loader:.2e} without"
             nothing = split.none(tuple(task.weight.shape), task.entry.rank)
-            return replace(self._finished(task, plain), note=note, branch=nothing)
+            return replace(self._finished(task, plain), note="the branch was no better than none", branch=nothing)
         if task.inputs.runs:
             branch, trial = self._branch(task, task.inputs.rows), replace(trial, packed={})
         done = self._finished(task.without(branch), trial)
         packed = replace(done.packed, energy=squared_norm(task.weight.float()))
-        return replace(done, packed=packed, branch=branch)
+        return replace(done, packed=packed, branch=branch, unsplit_error=plain.loader)
 
     def _branch(self, task: Task, rows: torch.Tensor) -> split.Branch:
         rows = rows.float()
