@@ -93,7 +93,7 @@ class Report:
         return [
             f"wrong without its LoRA {self.lora} ({gigabytes(self.lora_bytes)}{what})",
             "to load: the node Load Split Model; or Load Diffusion Model, then LoraLoaderBypassModelOnly at strength 1",
-            "never an ordinary LoRA loader, which merges and rounds again, nor a second bypass loader: it drops the first",
+            "never an ordinary LoRA loader (it merges and rounds again) or a second bypass loader (it drops the first)",
         ]
 
     def _rounding(self) -> list[str]:
