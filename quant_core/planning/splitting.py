@@ -1,4 +1,10 @@
-"""How much rank each layer's branch gets under one total: what each further rank takes off, per byte."""
+"""How much rank each layer's branch gets under one total.
+
+A rank is worth the share that it takes off the layer's own error of inputs. Final latent as loaded against GPTQ without
+a split, demo model, NVFP4, n = 40, mean rank 4 / 16: this .54 / .29; the same rank for all .67 / .29; by share per byte
+.74 / .38; by the relative error of the layer's output .69 / .31, that per byte .74 / .45, though it has the least mean
+error of layers: loud errors are not those that pictures show.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +44,8 @@ def amount(text: str) -> tuple[float, float]:
 def split(source: Source, plan: Plan, calibration: Calibration, wanted: str, progress: Progress | None = None) -> Plan:
     """The plan with a rank for the branch of every layer that gains by one, ``wanted`` (``amount``) in all.
 
-    A rank is worth the share that it takes off the layer's output error as loaded, ||(X4 - X) W^T||^2 / ||X W^T||^2;
-    the best per byte come first. Layers whose inputs are not quantized or were not sampled get none. Reads every such
-    layer once. Raises OptionError where no layer gets a rank.
+    Layers whose inputs are not quantized or were not sampled get none. Reads every other layer once. Raises OptionError
+    where no layer gets a rank.
     """
     rank, share = amount(wanted)
     if any(entry.pre_quant_scale for entry in plan.layers.values()):
@@ -67,13 +72,13 @@ def rank_bytes(shape: tuple[int, ...]) -> int:
 
 
 def ranked(gains: dict[str, torch.Tensor], costs: dict[str, int], total: int) -> dict[str, int]:
-    """Layer -> rank: the gains (falling, per layer) that are worth most per byte, as many as ``total`` bytes pay for.
+    """Layer -> rank: of the gains (falling, per layer) the largest, as many as ``total`` bytes pay for.
 
     It stops at the first that does not fit, so that a larger total never takes rank from a layer.
     """
-    steps = [(-float(gain) / costs[layer], layer) for layer, falling in gains.items() for gain in falling if gain > 0]
+    steps = [(float(gain), layer) for layer, falling in gains.items() for gain in falling if gain > 0]
     ranks, spent = dict.fromkeys(gains, 0), 0
-    for _, layer in sorted(steps, key=lambda step: step[0]):
+    for _, layer in sorted(steps, key=lambda step: -step[0]):
         spent += costs[layer]
         if spent > total:
             break

@@ -38,15 +38,14 @@ def none(shape: tuple[int, ...], rank: int) -> Branch:
 
 
 def spectrum(weight: torch.Tensor, rows: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:
-    """What each further rank takes off ||(X4 - X) W^T||^2 / ||X W^T||^2, falling: float32 [min(n, out)].
+    """The share of ||(X4 - X) W^T||^2 that each further rank takes off, falling: float32 [min(n, out)]; or zeros.
 
     weight: [out, in]; rows: the inputs X [n, in]; fed: X4, the same as the loader feeds them.
     """
-    unit = to_unit(rows)
-    weight, rows, fed = weight.float() * to_unit(weight), rows.float() * unit, fed.float() * unit
-    energy = (rows @ weight.T).square().sum()
-    found = torch.linalg.eigvalsh(_gram((fed - rows) @ weight.T)).flip(0).clamp(min=0)
-    return found / energy if energy else torch.zeros_like(found)
+    far = fed.float() - rows.float()
+    errors = (far * to_unit(far)) @ (weight.float() * to_unit(weight)).T
+    found = torch.linalg.eigvalsh(_gram(errors)).flip(0).clamp(min=0)
+    return found / found.sum() if found.any() else found
 
 
 def branch(weight: torch.Tensor, rows: torch.Tensor, fed: torch.Tensor, rank: int) -> Branch:
