@@ -1,7 +1,7 @@
 """How much rank each layer's branch gets under one total.
 
 A rank is worth the share that it takes off the layer's own error of inputs. Final latent as loaded against GPTQ without
-a split, demo model, NVFP4, n = 40, mean rank 4 / 16: this .54 / .29; the same rank for all .67 / .29; by share per byte
+a split, demo model, NVFP4, n = 40, mean rank 4 / 16: this .56 / .28; the same rank for all .67 / .29; by share per byte
 .74 / .38; by the relative error of the layer's output .69 / .31, that per byte .74 / .45, though it has the least mean
 error of layers: loud errors are not those that pictures show.
 """
