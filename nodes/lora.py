@@ -11,7 +11,7 @@ from ..quant_core import jobs
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.files.checkpoint import Hasher
 from ..quant_core.files.header import Headers
-from ..quant_core.files.markers import split_of
+from ..quant_core.files.markers import branch_of
 from ..quant_core.models.source import Source
 from ..quant_core.planning import recipes
 from .comfyui import bypass, feedback, folders, written
@@ -66,7 +66,7 @@ class CalibQuantLoadSplit(io.ComfyNode):
 def _loras_of(path: Path) -> tuple[list[Path], str, str]:
     """What may be the LoRA of a split's main file, and the name and SHA-256 that the file gives it."""
     with Headers(path) as main:
-        named = split_of(main)
+        named = branch_of(main)
     if named is None:
         raise CalibQuantError(f"{path}: is no split model: use Load Diffusion Model")
     return folders.split_lora_paths(named[0], path), *named

@@ -44,12 +44,9 @@ def _as_in_a_graph() -> Iterator[None]:
         importlib.import_module("comfy.model_management").unload_all_models()
 
 
-@pytest.fixture(scope="module", params=["nvfp4", "int8"])
+@pytest.fixture(scope="module", params=["nvfp4", "mxfp8"])
 def split(request: pytest.FixtureRequest, comfy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A split of the demo model by plain SVD: R = W - BA quantized, BA beside it. The folder of both.
-
-    INT8 because newer cores compute some of its layers without calling their module.
-    """
+    """A split of the demo model by plain SVD: R = W - BA quantized, BA beside it. The folder of both."""
     tensors, factors = load_file(DEMO), {}
     with Source(DEMO) as source:
         plan = recipes.make_plan(source, request.param)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
-import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -58,7 +57,6 @@ class _Injected:
         self._hooks: dict[int, list[Any]] = {}  # id of a model -> what takes its hooks off
 
     def inject(self, patcher: Any) -> None:
-        _call_hooked_layers()
         model = id(patcher.model)
         if model not in self._hooks:
             self._hooks[model] = [
@@ -74,23 +72,6 @@ class _Injected:
         if model is not None and model not in self._loaded.values():
             for hook in self._hooks.pop(model):
                 hook.remove()
-
-
-def _call_hooked_layers() -> None:
-    """Newer cores (seen in 0.33) compute some INT8 layers from their weight, with the activation before them in one
-    kernel, and never call the module: whatever hangs on it, the stock bypass too, is lost. Such a layer is called.
-    """
-    fused = getattr(comfy.ops, "linear_input_act", None)
-    if fused is None or hasattr(fused, "calibquant"):
-        return
-
-    def called(linear: torch.nn.Module, x: torch.Tensor, input_act: str) -> torch.Tensor:
-        if linear._forward_hooks or "forward" in vars(linear):
-            return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))
-        return fused(linear, x, input_act)
-
-    called.calibquant = True
-    comfy.ops.linear_input_act = called
 
 
 class _Branch:

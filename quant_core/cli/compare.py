@@ -20,6 +20,7 @@ def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("quant", type=path)
     c.add_argument("--calibration", type=path, metavar="C", help="also measure outputs, on the rows sampled in C")
     c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
+    c.add_argument("--lora", type=path, metavar="P", help="of a split file, if it is not beside it")
     c.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
 
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from ..models.source import Source
 
     with Source(args.source) as source, Bar("compare") as bar:
-        report = jobs.compare(source, args.quant, progress=bar, calibration=decision.calibration_of(source, args))
+        calibration = decision.calibration_of(source, args)
+        report = jobs.compare(source, args.quant, progress=bar, calibration=calibration, lora=args.lora)
     if args.json:
         print(report.to_json(), end="")
         return

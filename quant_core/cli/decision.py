@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CalibQuantError, OptionError
 from .bar import Bar
-from .options import number, path, regex
+from .options import number, path, regex, split_amount
 
 if TYPE_CHECKING:
     from ..evidence.calibration import Calibration
@@ -23,7 +23,7 @@ SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer th
 
 
 def add_options(c: argparse.ArgumentParser) -> None:
-    from ..planning import convert_to_quant, recipes, rotation
+    from ..planning import convert_to_quant, recipes, rotation, splitting
 
     c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
     c.add_argument("--calibration", type=path, metavar="C", help="a *.calibration.safetensors of this model")
@@ -31,6 +31,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--force-calibration", action="store_true", help="use a calibration of another file")
     c.add_argument("--pre-quant-scale", action="store_true", help=SMOOTHING_HELP)
     c.add_argument("--smooth", choices=["none", "fold"], help=FOLD_HELP)
+    c.add_argument("--split", type=split_amount, metavar="RANK|SHARE%", help=splitting.HELP)
     c.add_argument("--percentiles", nargs=2, type=number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=number, metavar="R", help="share of layers, worst first, kept in 16 bit")
     c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
@@ -66,7 +67,17 @@ def make_plan(source: Source, args: argparse.Namespace) -> Plan:
         plan = replace(plan, seen=lambda: calibration)
     with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
         plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
-    return _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
+    plan = _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
+    return _split(source, plan, calibration, args.split) if args.split else plan
+
+
+def _split(source: Source, plan: Plan, calibration: Calibration | None, wanted: str) -> Plan:
+    from ..planning import splitting
+
+    if calibration is None:
+        raise OptionError("--split needs --calibration C")
+    with Bar("split") as bar:
+        return splitting.split(source, plan, calibration, wanted, bar)
 
 
 def _folded(source: Source, plan: Plan, calibration: Calibration) -> Plan:

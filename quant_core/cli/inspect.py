@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"prefix {info['prefix']} ({info['other_tensors']} tensors outside it: kept as they are)")
     print("2-D weights: " + ", ".join(f"{n} {fmt}" for fmt, n in info["formats"].items()))
     print("bytes: " + ", ".join(f"{dtype} {gigabytes(n)}" for dtype, n in info["dtypes"].items()))
+    if info["split"]:
+        print(f"wrong without its LoRA {info['split']}: load both with Load Split Model, or bypass it at strength 1")
     if info["provenance"]:
         print(printable(_made_by(info["provenance"])))
 

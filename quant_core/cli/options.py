@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from ..errors import OptionError
+
 
 def path(text: str) -> Path:
     if not text.strip() or "\0" in text:
@@ -32,6 +34,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return value
+
+
+def split_amount(text: str) -> str:
+    from ..planning.splitting import amount
+
+    try:
+        amount(text)
+    except OptionError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+    return text
 
 
 def regex(text: str) -> str:

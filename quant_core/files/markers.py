@@ -14,6 +14,7 @@ from .text import parse_json
 
 METADATA_KEY = "_quantization_metadata"
 PROVENANCE_KEY = "calibquant"
+SPLIT = "split"  # entry in the provenance of a file that is wrong without its LoRA
 FP8 = ("F8_E4M3", "F8_E5M2")
 MAX_CONFIG = 1 << 16  # bytes of a comfy_quant tensor; ours has 60
 
@@ -76,11 +77,15 @@ def provenance(file: Headers) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def split_of(file: Headers) -> tuple[str, str] | None:
-    """File name and SHA-256 of the LoRA without which a split's main file is wrong; None for any other file."""
-    split = (provenance(file) or {}).get("split")
-    found = (split.get("lora"), split.get("sha256")) if isinstance(split, dict) else ()
-    return found if found and all(isinstance(text, str) for text in found) else None
+def branch_of(file: Headers) -> tuple[str, str] | None:
+    """Name and SHA-256 of the LoRA that a split file is wrong without; None for every other file."""
+    found = (provenance(file) or {}).get(SPLIT)
+    if found is None:
+        return None
+    name, digest = (found.get(key) if isinstance(found, dict) else None for key in ("lora", "sha256"))
+    if not (isinstance(name, str) and isinstance(digest, str) and Path(name).name == name and "\\" not in name):
+        raise CalibQuantError(f"{file.path}: its header does not say which LoRA it was split into: quantize again")
+    return name, digest
 
 
 def _flat(config: Any) -> Any:

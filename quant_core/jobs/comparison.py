@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ def compare(
     path: str | os.PathLike[str],
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    lora: Path | None = None,
 ) -> Report:
     """Per-layer error of a finished file, ours or a peer's, against its source, worst first.
 
@@ -31,10 +33,11 @@ def compare(
 
     With a calibration also the error of outputs on its sampled rows: of the weights (and the bias) alone under
     ``output_errors["file"]``, and as the loader runs the layer. A calibration of other seeds and prompts than those
-    the file was made with makes it a held-out measurement. The worst is then the worst output.
+    the file was made with makes it a held-out measurement. The worst is then the worst output. A split file is measured
+    with its LoRA, beside it or at ``lora``.
     """
     layers = []
-    with QuantizedFile(path) as quantized:
+    with QuantizedFile(path, lora) as quantized:
         pairs, folded = layer_pairs(source, quantized), quantized.folds()
         merge = folds.merge(source, folded)
         calibration = calibration and folds.seen(source, folded, calibration)
@@ -56,10 +59,12 @@ def compare(
                 bias = None if bias is None else merged(bias, f"{name}.bias", merge)
                 report = _with_output_errors(report, bias, weight, rows, quantized, other)
             layers.append(report)
-        after = quantized.checkpoint.nbytes()
+        after, beside = quantized.checkpoint.nbytes(), quantized.branches
     layers.sort(key=lambda layer: -layer.output_errors.get("file", 0.0 if calibration else layer.error))
     before = source.checkpoint.nbytes()
-    return Report(str(source.path), str(path), source.architecture.name, "", before, after, layers=layers)
+    names = str(source.path), str(path), source.architecture.name, ""
+    branch = (str(beside.path), beside.nbytes()) if beside else ("", 0)
+    return Report(*names, before, after, layers=layers, lora=branch[0], lora_bytes=branch[1])
 
 
 def _with_output_errors(
@@ -71,7 +76,9 @@ def _with_output_errors(
     layer: str,
 ) -> LayerReport:
     """The report with what the layer's outputs lose on ``rows`` [n, in]; bias: the source's [out]."""
-    judge = Judge(weight, rows, limit=len(rows))
+    branch = quantized.branch(layer, tuple(weight.shape))
+    rest = weight if branch is None else weight.float() - branch.product()
+    judge = Judge(rest, rows, limit=len(rows), whole=weight)
     decoded = torch.cat(list(quantized.rows(layer, tuple(weight.shape))))
     shift = quantized.bias(layer)
     if shift is not None and bias is not None:

@@ -17,7 +17,8 @@ from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration
 from ..files.checkpoint import COPY_CHUNK, HASH_PLACEHOLDER, Hasher, TensorSpec, Writer
 from ..files.disk import check_output, reason
-from ..files.markers import PROVENANCE_KEY, provenance
+from ..files.header import Headers
+from ..files.markers import PROVENANCE_KEY, branch_of, provenance
 from ..formats import SOURCE
 from ..models import lora
 from ..models.folding import merged
@@ -55,6 +56,11 @@ def error_lora(
         raise OptionError(f"rank {rank}: must be 1 or more")
     output = Path(output)
     check_output(output, overwrite)
+    with Headers(quantized) as header:
+        if branch_of(header):
+            raise CalibQuantError(
+                f"{quantized}: is a split file, whose branch corrects it already: give one without a split"
+            )
     with QuantizedFile(quantized) as file, tempfile.TemporaryFile(dir=output.parent) as waiting:
         refuse_itself(source.checkpoint, output)
         refuse_itself(file.checkpoint, output)
@@ -84,8 +90,6 @@ def error_lora(
 def _layers(source: Source, file: QuantizedFile) -> list[tuple[str, str]]:
     """(layer in the source, quantized layer in the file); refuses a file whose difference is no rounding error."""
     path, made = file.checkpoint.path, provenance(file.checkpoint) or {}
-    if made.get("split"):
-        raise CalibQuantError(f"{path}: is a split file, whose branch corrects it already: give one without a split")
     if made.get("merged_patches_sha256", HASH_PLACEHOLDER) != HASH_PLACEHOLDER:
         raise CalibQuantError(
             f"{path}: has LoRAs baked in, which a correction towards {source.name} would take out again: bake them "

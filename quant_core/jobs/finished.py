@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -13,15 +14,18 @@ from ..files.checkpoint import DTYPES, Checkpoint
 from ..files.header import ITEMSIZE
 from ..files.markers import FP8, declared_configs, provenance
 from ..formats import FORMATS, SOURCE, Format, stored
+from ..models import lora
 from ..models.architectures import split_prefix
 from ..models.diffusers import present
 from ..models.modelfile import FLOATS, NATIVE
 from ..models.source import apply_scale
+from ..models.splitfile import find_branch
 from ..planning import folds
 from ..planning.folds import Fold
 from ..rounding import smoothing
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import squared_distance, squared_norm
+from ..rounding.split import Branch
 
 ROWS = 1024  # rows decoded at once; a multiple of the 128-row tiles in which block scales are swizzled
 SCALES = ("F32", "F16", "BF16")  # what comfy-kitchen takes as a scale
@@ -34,10 +38,15 @@ TENSORS = (
 
 
 class QuantizedFile:
-    """A finished file, ours or a peer's, whose layers can be decoded by comfy-kitchen's arithmetic."""
+    """A finished file, ours or a peer's, whose layers can be decoded by comfy-kitchen's arithmetic.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    branch: where the LoRA of a split file lies; None: beside it, under the name in its header.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], branch: Path | None = None) -> None:
         self.checkpoint = Checkpoint(path)
+        found = find_branch(self.checkpoint, branch)
+        self.branches = Checkpoint(found) if found else None
         present(self.checkpoint)  # refuses scales that ComfyUI would lose
         self.prefix = split_prefix(self.checkpoint.entries)
         self.configs = declared_configs(self.checkpoint, self.prefix)
@@ -47,6 +56,8 @@ class QuantizedFile:
 
     def __exit__(self, *_: object) -> None:
         self.checkpoint.close()
+        if self.branches:
+            self.branches.close()
 
     def folds(self) -> dict[str, Fold]:
         """What was folded into the file, {} for a file that does not say so."""
@@ -72,10 +83,28 @@ class QuantizedFile:
             raise CalibQuantError(f"{where}: its quantization data are damaged ({e}): quantize again") from e
 
     def nbytes(self, layer: str) -> int:
-        """Bytes of the layer's weight and of everything that belongs to its quantization."""
+        """Bytes of the layer's weight and of everything that belongs to its quantization, its branch too."""
         names = (*TENSORS, "input_scale", smoothing.KEY, "comfy_quant")
         entries = self.checkpoint.entries
-        return sum(entries[f"{layer}.{n}"].nbytes for n in names if f"{layer}.{n}" in entries)
+        own = sum(entries[f"{layer}.{n}"].nbytes for n in names if f"{layer}.{n}" in entries)
+        return own + (sum(self.branches.entry(key).nbytes for key in self._branch_keys(layer)) if self.branches else 0)
+
+    def branch(self, layer: str, shape: tuple[int, ...]) -> Branch | None:
+        """What the layer's LoRA adds to ``rows``; None where it has none."""
+        keys = self._branch_keys(layer)
+        if self.branches is None or not keys:
+            return None
+        up, down = (self.branches.read(key) for key in keys)
+        if up.dim() != 2 or down.dim() != 2 or (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+            raise CalibQuantError(
+                f"{self.branches.path}: layer {layer}: factors of {list(up.shape)} and {list(down.shape)} do not fit "
+                f"{list(shape)}: quantize again"
+            )
+        return Branch(up, down)
+
+    def _branch_keys(self, layer: str) -> tuple[str, ...]:
+        keys = lora.keys(layer.removeprefix(self.prefix))
+        return keys if self.branches and any(key in self.branches.entries for key in keys) else ()
 
     def rows(self, layer: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """float32 parts of the ``[out, ...]`` that acts on unscaled inputs, at most ``ROWS`` rows each."""
@@ -162,8 +191,11 @@ class QuantizedFile:
 def layer_error(source: torch.Tensor, quantized: QuantizedFile, layer: str) -> float:
     """||W - Q||^2 / ||W||^2 of one layer; 0 for an all-zero weight that stayed zero."""
     error = energy = 0.0
+    branch = quantized.branch(layer, tuple(source.shape))
     for start, part in zip(range(0, source.shape[0], ROWS), quantized.rows(layer, tuple(source.shape)), strict=True):
         weight = source[start : start + ROWS].float()
+        if branch is not None:
+            part = part + branch.up[start : start + ROWS].float() @ branch.down.float()
         error += squared_distance(weight, part)
         energy += squared_norm(weight)
     return error / energy if energy else error

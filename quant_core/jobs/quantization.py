@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,23 @@ import torch
 
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
-from ..files.checkpoint import Checkpoint, Hasher, Writer, check_target
+from ..files.checkpoint import HASH_PLACEHOLDER, Checkpoint, Hasher, Writer, check_target, file_size
 from ..files.disk import stat_of
 from ..formats import SOURCE, FileTensors
-from ..models import folding
+from ..models import folding, lora
 from ..models.folding import Merge
 from ..models.source import Source
+from ..models.splitfile import branch_path
 from ..planning import folds
-from ..planning.layout import encode_config, layer_config, output_metadata, output_specs, predicted_size
+from ..planning.layout import (
+    branch_metadata,
+    branch_specs,
+    encode_config,
+    layer_config,
+    output_metadata,
+    output_specs,
+    predicted_size,
+)
 from ..planning.plan import Plan
 from ..planning.targets import core_needed
 from ..progress import Progress
@@ -43,6 +53,7 @@ def quantize(
     calibration: Calibration | None = None,
     rounding: str = "nearest",
     verify: bool = False,
+    lora_output: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
@@ -53,38 +64,88 @@ def quantize(
     merge bakes patches into weights in float32 before anything else; merged is their SHA-256 for the header. What the
     plan folds comes after it, and the calibration becomes that of the folded model: give it as it was collected.
     verify: re-read the finished file (``verification``) before it gets its name; a file that fails never has it.
+    lora_output: where the LoRA of a split plan goes (default: beside the output, which must be named *.split).
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
     """
     started = time.perf_counter()
     output = Path(output)
     refuse_itself(source.checkpoint, output)
+    branches = _branch_target(source, plan, output, lora_output)
     where, merge = pick_device(device), merge or {}
     if calibration is None and plan.seen is not None:
         calibration = plan.seen()
-    specs = output_specs(source, plan)
     _check_merge(source, merge)
     merge = folds.merge(source, plan.folds, merge)
     calibration = calibration and folds.seen(source, plan.folds, calibration)
     rounder = Rounder(where, calibration, rounding, source.prefix)
-    metadata = output_metadata(source, plan, merged=merged)
     check_target(output, predicted_size(source, plan), overwrite)
     hasher = Hasher(source.checkpoint.files)
     steps = _Steps(source, plan, verify, progress)
     try:
-        with Writer(output, specs, metadata, overwrite) as writer:
-            layers = _write_tensors(source, plan, writer, rounder, merge, steps.write)
+        with ExitStack() as files:  # the LoRA gets its name first: no main file is ever without one
+            writer, beside = _open(files, source, plan, output, branches, merged, overwrite)
+            layers = _write_tensors(source, plan, writer, beside, rounder, merge, steps.write)
             used = {layer.rounding.removesuffix(WITH_BIAS) for layer in layers}
-            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used))
+            branch, unnamed = _finish_branch(source, plan, writer, beside, hasher, merged)
+            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used, branch))
             names = str(source.path), str(output), source.architecture.name, plan.recipe
             runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
             sizes = source.checkpoint.nbytes(), writer.size
             report = Report(*names, *sizes, layers=layers, needs_comfyui=core_needed(plan), runs=runs, folds=plan.folds)
+            if beside:
+                report = replace(report, lora=str(beside.path), lora_bytes=beside.size)
             if verify:
-                verification.verify(source, report, merge, steps.verify, writer.finished())
+                verification.verify(source, report, merge, steps.verify, writer.finished(), unnamed)
+            if beside and overwrite:  # so that no main file lies beside the LoRA of another
+                writer.finished()
+                output.unlink(missing_ok=True)
     finally:
         hasher.cancel()
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _branch_target(source: Source, plan: Plan, output: Path, lora_output: str | os.PathLike[str] | None) -> Path | None:
+    """Where the LoRA of a split plan goes; None for other plans. CalibQuantError for a name that cannot be."""
+    if not plan.ranks():
+        return None
+    target = branch_path(output)
+    target = Path(lora_output) if lora_output is not None else target
+    refuse_itself(source.checkpoint, target)
+    if os.path.abspath(target) == os.path.abspath(output):
+        raise CalibQuantError(f"{target}: is the output itself: give its LoRA another name")
+    return target
+
+
+def _open(
+    files: ExitStack,
+    source: Source,
+    plan: Plan,
+    output: Path,
+    branches: Path | None,
+    merged: str,
+    overwrite: bool,
+) -> tuple[Writer, Writer | None]:
+    """The main file and a split's LoRA; both checked before the first is made."""
+    name = ("" if branches is None else branches.name, HASH_PLACEHOLDER)
+    main = output_specs(source, plan), output_metadata(source, plan, merged=merged, branch=name)
+    if branches is None:
+        return files.enter_context(Writer(output, *main, overwrite)), None
+    factors = branch_specs(source, plan), branch_metadata(source, plan, output.name, merged=merged)
+    check_target(branches, file_size(*factors), overwrite)
+    writer = files.enter_context(Writer(output, *main, overwrite))
+    return writer, files.enter_context(Writer(branches, *factors, overwrite))
+
+
+def _finish_branch(
+    source: Source, plan: Plan, writer: Writer, beside: Writer | None, hasher: Hasher, merged: str
+) -> tuple[tuple[str, str], Path | None]:
+    """Name and SHA-256 of the complete LoRA for the main file's header, and where it lies as yet."""
+    if beside is None:
+        return ("", HASH_PLACEHOLDER), None
+    beside.set_metadata(branch_metadata(source, plan, writer.path.name, hasher.result(), merged))
+    unnamed = beside.finished()
+    return (beside.path.name, Hasher([unnamed]).result()), unnamed
 
 
 class _Steps:
@@ -103,7 +164,13 @@ class _Steps:
 
 
 def _write_tensors(
-    source: Source, plan: Plan, writer: Writer, rounder: Rounder, merge: Merge, progress: Progress
+    source: Source,
+    plan: Plan,
+    writer: Writer,
+    beside: Writer | None,
+    rounder: Rounder,
+    merge: Merge,
+    progress: Progress,
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
     written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
@@ -127,8 +194,11 @@ def _write_tensors(
             if tensor is None:
                 put(writer.write_chunks, key, source.checkpoint.chunks(key))
             elif entry and entry.format != SOURCE:
-                tensors, report = _round(source, layer, entry, folding.merged(tensor, key, merge), rounder, merge)
+                tensor = folding.merged(tensor, key, merge)
+                tensors, report, factors = _round(source, layer, entry, tensor, rounder, merge)
                 put(_write_all, writer, tensors)
+                if beside and factors:
+                    put(_write_all, beside, factors)
                 reports.append(report)
             else:
                 kept = source.kept_dtype(layer) if entry or source.is_scaled(key) else tensor.dtype
@@ -149,8 +219,8 @@ def _write_all(writer: Writer, tensors: FileTensors) -> None:
 
 def _round(
     source: Source, layer: str, entry: LayerPlan, weight: torch.Tensor, rounder: Rounder, merge: Merge
-) -> tuple[FileTensors, LayerReport]:
-    """The tensors of a layer under their keys, its bias among them."""
+) -> tuple[FileTensors, LayerReport, FileTensors]:
+    """The tensors of a layer under their keys, its bias among them; its report; its branch."""
     bias = _bias(source, layer, merge)
     done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}", bias)
     packed, tensors = done.packed, {**done.packed.tensors}
@@ -176,11 +246,17 @@ def _round(
         done.loader_error,
         0.0 if done.bias is None or bias is None else (done.bias.float() - bias.float()).norm().item(),
         done.held_out,
+        entry.rank,
+        done.unsplit_error,
     )
     stored = {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
     if bias is not None:
         stored[_bias_key(layer)] = bias if done.bias is None else done.bias
-    return stored, report
+    factors = {}
+    if done.branch:
+        keys = lora.keys(layer.removeprefix(source.prefix))
+        factors = dict(zip(keys, (done.branch.up, done.branch.down), strict=True))
+    return stored, report, factors
 
 
 def _bias_key(layer: str) -> str:

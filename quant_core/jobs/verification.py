@@ -23,12 +23,13 @@ def verify(
     merge: Merge | None = None,
     progress: Progress | None = None,
     path: Path | None = None,
+    lora: Path | None = None,
 ) -> None:
     """Re-read the finished file by the loader's arithmetic; CalibQuantError if any layer's error is not as reported.
 
-    path: where the file lies as long as it has not got its name.
+    path, lora: where the file, and a split's LoRA, lie as long as they have not got their names.
     """
-    with QuantizedFile(path or report.output) as quantized:
+    with QuantizedFile(path or report.output, lora or (Path(report.lora) if report.lora else None)) as quantized:
         for i, layer in enumerate(report.layers):
             if progress:
                 progress(i, len(report.layers), f"verify {layer.name}")

@@ -11,16 +11,18 @@ import torch
 from .. import __version__
 from ..errors import CalibQuantError
 from ..files.checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size
-from ..files.markers import METADATA_KEY, PROVENANCE_KEY, header_layers
+from ..files.markers import METADATA_KEY, PROVENANCE_KEY, SPLIT, header_layers
 from ..formats import FORMATS, SOURCE, changes_shape
+from ..models import lora
 from ..models.source import Source
-from ..rounding import smoothing
+from ..rounding import smoothing, split
 from ..rounding.layerplan import LayerPlan
 from . import folds
 from .plan import Plan, check_input_scale
 from .targets import core_needed
 
 ROUNDINGS = ("nearest", "search", "gptq", "hswq")
+LONGEST_NAME = 255  # bytes, of any file system
 
 
 def encode_config(config: Mapping[str, Any]) -> torch.Tensor:
@@ -67,12 +69,18 @@ def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:
 
 
 def output_metadata(
-    source: Source, plan: Plan, sha256: str = HASH_PLACEHOLDER, merged: str = "", roundings: Collection[str] = ()
+    source: Source,
+    plan: Plan,
+    sha256: str = HASH_PLACEHOLDER,
+    merged: str = "",
+    roundings: Collection[str] = (),
+    branch: tuple[str, str] = ("", HASH_PLACEHOLDER),
 ) -> dict[str, str]:
     """The source's own metadata plus the two entries of ours.
 
     ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none; ``roundings`` are those that
-    layers really got. Both hashes and the roundings take one length, so the size is known without them.
+    layers really got; ``branch`` is the name and SHA-256 of a split's LoRA. Hashes, roundings and that name take one
+    length, so the size is known without them.
     """
     used = "+".join(name for name in ROUNDINGS if name in roundings)
     untouched = {
@@ -96,6 +104,10 @@ def output_metadata(
     if plan.folds:
         provenance[folds.KEY] = folds.to_json(plan.folds)
         provenance["folded"] = {"layers": folds.changed(source, plan.folds), "note": folds.LORAS}
+    if ranks := plan.ranks():
+        name, digest = branch
+        padding = " " * (LONGEST_NAME - len(name.encode("utf-8", "replace")))
+        provenance[SPLIT] = {"lora": name, "sha256": digest, "ranks": ranks, "padding": padding}
     metadata = {k: v for k, v in source.checkpoint.metadata.items() if k not in (METADATA_KEY, PROVENANCE_KEY)}
     if ours or untouched:
         metadata[METADATA_KEY] = json.dumps({"format_version": "1.0", "layers": {**untouched, **ours}})
@@ -106,6 +118,31 @@ def output_metadata(
 def predicted_size(source: Source, plan: Plan) -> int:
     """Exact bytes of the file that this plan makes of this source."""
     return file_size(output_specs(source, plan), output_metadata(source, plan))
+
+
+def branch_specs(source: Source, plan: Plan) -> list[TensorSpec]:
+    """Every tensor of a split's LoRA."""
+    specs = []
+    for layer, rank in plan.ranks().items():
+        up, down = lora.keys(layer.removeprefix(source.prefix))
+        rows, columns = source.shape(layer)
+        specs += [TensorSpec(up, lora.DTYPE, (rows, rank)), TensorSpec(down, lora.DTYPE, (rank, columns))]
+    return specs
+
+
+def branch_metadata(
+    source: Source, plan: Plan, name: str, sha256: str = HASH_PLACEHOLDER, merged: str = ""
+) -> dict[str, str]:
+    """What a split's LoRA says of itself; name: of the main file."""
+    content = {
+        "tool": f"ComfyUI-CalibQuant {__version__}",
+        "belongs_to": name,
+        "source": {"file": source.name, "sha256": sha256},
+        "merged_patches_sha256": merged or HASH_PLACEHOLDER,
+        "ranks": plan.ranks(),
+        "load_with": "LoraLoaderBypassModelOnly at strength 1, never an ordinary LoRA loader",
+    }
+    return {PROVENANCE_KEY: json.dumps(content, ensure_ascii=False)}
 
 
 def check(source: Source, plan: Plan) -> None:
@@ -126,8 +163,22 @@ def check(source: Source, plan: Plan) -> None:
             obstacle = info.detects_shape
         if obstacle:
             raise CalibQuantError(f"{source.path}: layer {layer} cannot be {entry.format}: {obstacle}: change the plan")
+        if entry.rank and (why := _no_branch(source, layer, entry)):
+            raise CalibQuantError(
+                f"{source.path}: layer {layer} cannot have a branch of rank {entry.rank}: {why}: change the plan"
+            )
         if entry.pre_quant_scale and entry.format not in smoothing.FORMATS:
             raise CalibQuantError(
                 f"{source.path}: layer {layer}: {smoothing.KEY} exists for {', '.join(smoothing.FORMATS)} only, not "
                 f"for {entry.format}: change the plan"
             )
+
+
+def _no_branch(source: Source, layer: str, entry: LayerPlan) -> str:
+    """Why this layer cannot have the branch that is planned for it, "" if it can."""
+    if entry.pre_quant_scale:
+        return f"{smoothing.KEY} excludes it"
+    if entry.format in split.WITHOUT:
+        return f"newer ComfyUI would lose it beside {entry.format}"
+    fits = layer in source.layers and entry.rank <= min(source.shape(layer))
+    return "" if fits else f"its shape is {source.shape(layer)}"

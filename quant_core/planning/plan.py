@@ -47,6 +47,10 @@ class Plan:
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: entry for name, entry in self.layers.items() if entry.format != SOURCE}
 
+    def ranks(self) -> dict[str, int]:
+        """The layers that have a branch."""
+        return {name: entry.rank for name, entry in self.quantized().items() if entry.rank}
+
     def to_json(self) -> str:
         entries = asdict(replace(self, seen=None))
         del entries["seen"]
@@ -103,7 +107,14 @@ def _layer(origin: str, name: str, entry: dict[str, Any]) -> LayerPlan:
         None if scale is None else float(scale),
         rounding,
         bool(entry.get("pre_quant_scale", False)),
+        _rank(entry.get("rank", 0), f"{origin}: layer {name}"),
     )
+
+
+def _rank(rank: object, where: str) -> int:
+    if type(rank) is not int or rank < 0:
+        raise CalibQuantError(f"{where}: rank {rank!s:.40} is no whole number from 0 up: make the plan again")
+    return rank
 
 
 def check_input_scale(scale: object, where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CalibQuantError
 from ..files.header import Headers
-from ..files.markers import FP8, declared_formats, provenance
+from ..files.markers import FP8, branch_of, declared_formats, provenance
 from ..models.architectures import detect, split_prefix
 from ..models.diffusers import present
 
@@ -44,6 +44,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             "formats": dict(Counter(layer["format"] for layer in layers.values())),
             "dtypes": _bytes_per_dtype(file),
             "layers": layers,
+            "split": (branch_of(file) or ("",))[0],
             "provenance": provenance(file),
         }
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
-from ..files.text import change_of_size
+from ..files.text import change_of_size, gigabytes
 from ..formats import FORMATS, SOURCE, title
 from ..planning import folds as folding
 from ..planning.folds import Fold
@@ -33,6 +33,8 @@ class LayerReport:
     loader_error: float | None = None  # of outputs with the inputs quantized as the loader will
     bias_change: float = 0.0  # norm of what was added to the bias
     held_out: int = 0  # runs, unseen by GPTQ, that output errors were measured on; 0: in-sample
+    rank: int = 0  # of the branch
+    unsplit_error: float | None = None  # loader_error without the branch
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Report:
     needs_comfyui: str = ""  # the first version that reads the file
     runs: int | None = None  # of the calibration that layers were rounded with
     folds: dict[str, Fold] = field(default_factory=dict)  # by group; see planning.folds
+    lora: str = ""  # the file without which a split one is wrong
+    lora_bytes: int = 0
 
     def count(self) -> dict[str, int]:
         counts = Counter(layer.format for layer in self.layers)
@@ -85,7 +89,19 @@ class Report:
         if self.needs_comfyui:
             lines.append(f"needs ComfyUI {self.needs_comfyui} or newer")
         folded = folding.summary(self.folds)
-        return "\n".join([*lines, *self._rounding(), *self._compromises(), *self._gains(), *folded])
+        return "\n".join([*lines, *self._split(), *self._rounding(), *self._compromises(), *self._gains(), *folded])
+
+    def _split(self) -> list[str]:
+        """How to load a file that is wrong by itself."""
+        if not self.lora:
+            return []
+        ranks = [layer.rank for layer in self.layers if layer.rank]
+        what = f", ranks {min(ranks)} to {max(ranks)}, mean {fmean(ranks):.1f} of {len(ranks)} layers" if ranks else ""
+        return [
+            f"wrong without its LoRA {self.lora} ({gigabytes(self.lora_bytes)}{what})",
+            "to load: the node Load Split Model; or Load Diffusion Model, then LoraLoaderBypassModelOnly at strength 1",
+            "never an ordinary LoRA loader (it merges and rounds again) or a second bypass loader (it drops the first)",
+        ]
 
     def _rounding(self) -> list[str]:
         """Mean output error by rounding, over the layers that were measured on sampled inputs."""
@@ -95,6 +111,10 @@ class Report:
         parts = [f"{name} {fmean(errors):.2e}" for name, errors in self._by_ingredient(measured).items()]
         loader = [layer.loader_error for layer in measured if layer.loader_error is not None]
         parts += [f"as the loader runs it {fmean(loader):.2e}"] if loader else []
+        split = [layer for layer in measured if layer.unsplit_error is not None]
+        if split:
+            before, after = fmean(layer.unsplit_error for layer in split), fmean(layer.loader_error for layer in split)
+            parts += [f"of the {len(split)} layers with a branch {after:.2e}, {before:.2e} without"]
         used = Counter(layer.rounding for layer in measured if layer.rounding)
         lines = [f"output error {self._judged_on(measured)}, mean of {len(measured)} layers, weights only: "]
         lines[0] += ", ".join(parts)

@@ -10,11 +10,12 @@ import torch
 
 from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration, LayerStats
-from ..formats import FORMATS, FileTensors, Format, turn
-from . import gptq, hswq, smoothing
+from ..formats import FileTensors, turn
+from . import gptq, hswq, smoothing, split
 from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
 from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, shared_scale, squared_distance, squared_norm
+from .task import Inputs, Task
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
@@ -37,6 +38,8 @@ class Rounded:
     output_errors: ingredient -> ||X (W - Q)^T - (b' - b)||^2 / ||X W^T||^2 on sampled inputs (weights only).
     loader_error: the same with the inputs quantized as the loader will; gains: hswq.Gains as a dict.
     held_out: the number of runs, unseen by GPTQ, that these errors were measured on; 0: on what it was fitted to.
+    branch: what was split off before rounding; errors are those of the two together, relative to the whole layer.
+    unsplit_error: loader_error without the branch.
     """
 
     packed: Packed
@@ -48,72 +51,27 @@ class Rounded:
     bias: torch.Tensor | None = None
     extra: FileTensors = field(default_factory=dict)
     held_out: int = 0
+    branch: split.Branch | None = None
+    unsplit_error: float | None = None
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What is known of a layer's inputs: sampled rows [n, in] (any float dtype), and the calibration's statistics.
+class _Trial:
+    """What the roundings of a layer were worth, and what of them can go into the file.
 
-    held_out: bool [n], the rows of ``runs`` runs that judge what was fitted to the others; none where there is one run.
+    packed: whole layers by rounding; factor: what GPTQ needs, of all rows; loader: the best one's error as loaded.
     """
 
-    rows: torch.Tensor
-    stats: LayerStats
-    held_out: torch.Tensor
-    runs: int
-
-    @property
-    def fitted(self) -> torch.Tensor:
-        return self.rows[~self.held_out] if self.runs else self.rows
-
-    @property
-    def fitted_mean(self) -> torch.Tensor:
-        """E[x] float32 [in], without the runs that judge."""
-        return self.fitted.float().mean(0) if self.runs else self.stats.input_mean
-
-    @property
-    def judged(self) -> torch.Tensor:
-        return self.rows[self.held_out] if self.runs else self.rows
-
-    def scaled(self, factor: torch.Tensor) -> _Inputs:
-        """The inputs times ``factor`` [in]."""
-        return replace(self, rows=self.rows.float() * factor, stats=self.stats.scaled(factor))
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One layer to round: its plan entry, weight [out, in], bias [out], inputs; ``where`` begins error messages."""
-
-    entry: LayerPlan
-    weight: torch.Tensor
-    where: str
-    bias: torch.Tensor | None
-    inputs: _Inputs | None
-
-    @property
-    def fmt(self) -> Format:
-        return FORMATS[self.entry.format]
-
-    @property
-    def rotation(self) -> int:
-        return self.fmt.rotation(self.weight.shape[1])
-
-    def importance(self) -> torch.Tensor:
-        """E[x^2] in the format's own basis, float32 [in]; without sampled rows as if inputs were independent."""
-        assert self.inputs is not None
-        known, size = self.inputs.stats.input_sqmean, self.rotation
-        if not size:
-            return known
-        if not len(self.inputs.rows):
-            return known.view(-1, size).mean(1, keepdim=True).expand(-1, size).reshape(-1)
-        return turn(self.inputs.rows.float(), size).square().mean(0)
-
-    def decode(self, packed: Packed) -> torch.Tensor:
-        return self.fmt.decode(packed.tensors, tuple(self.weight.shape))
+    packed: dict[str, Packed]
+    factor: gptq.Factor | str
+    errors: dict[str, float]
+    best: str
+    loader: float
+    note: str
 
 
 # Layer, whether its held-out inputs count too -> what GPTQ needs, or why there is none
-_FactorOf = Callable[[_Task, bool], gptq.Factor | str]
+_FactorOf = Callable[[Task, bool], gptq.Factor | str]
 
 
 class Rounder:
@@ -135,7 +93,9 @@ class Rounder:
         bias: float [out] of the layer, which may be corrected when the inputs are known.
         """
         seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
-        task = _Task(entry, weight, where, bias, self._inputs(seen) if seen else None)
+        task = Task(entry, weight, where, bias, self._inputs(seen) if seen else None)
+        if entry.rank:
+            return self._split(task)
         if entry.rounding == "hswq" and self._rounding == AUTO:
             return self._hswq(task)
         if entry.pre_quant_scale:
@@ -146,45 +106,85 @@ class Rounder:
             return self._without_inputs(task)
         return self._best(task, self._shared_factor)
 
-    def _without_inputs(self, task: _Task) -> Rounded:
+    def _without_inputs(self, task: Task) -> Rounded:
         note = "" if self._calibration is None or self._rounding == "search" else "no GPTQ: not in the calibration"
         if self._rounding == AUTO and task.fmt.name not in SEARCH_PAYS:
             return Rounded(nearest(task.weight, task.fmt, self._device, task.where), "nearest", note)
         return Rounded(searched(task.weight, task.fmt, self._device, task.where), "search", note)
 
-    def _best(self, task: _Task, factor_of: _FactorOf) -> Rounded:
+    def _best(self, task: Task, factor_of: _FactorOf) -> Rounded:
         """Of all ways that were asked for and are possible the one with the least output error, weights only.
 
         GPTQ is judged by what it makes of runs that it was not fitted to, if there are several. What goes into the file
         is then fitted to all of them: 6 % less error on other prompts with 45 runs, 12 % with 20 (demo model, NVFP4).
         """
-        assert task.inputs is not None
-        inputs, how = task.inputs, (task.fmt, self._device, task.where)
-        packed = {"nearest": nearest(task.weight, *how)}
-        if self._rounding != "nearest":
-            packed["search"] = searched(task.weight, *how, task.importance())
-        whole = factor_of(task, True)
-        fitted = factor_of(task, False) if inputs.runs and not isinstance(whole, str) else whole
-        if isinstance(fitted, gptq.Factor) and not inputs.runs:
-            packed["gptq"] = by_gptq(task.weight, *how, fitted)
-        outputs = _judged_outputs(len(task.weight))
-        decoded = {name: task.decode(candidate)[outputs] for name, candidate in packed.items()}
-        part = replace(task, weight=task.weight[outputs], bias=None if task.bias is None else task.bias[outputs])
-        if isinstance(fitted, gptq.Factor) and inputs.runs:
-            decoded["gptq"] = part.decode(by_gptq(part.weight, *how, fitted, shared_scale(task.weight, task.fmt)))
-        errors, best, loader = _judge(part, decoded)
-        chosen = best.removesuffix(WITH_BIAS)
-        if chosen not in packed and isinstance(whole, gptq.Factor):
-            packed[chosen] = by_gptq(task.weight, *how, whole)
-        bias = None
-        if task.bias is not None and best != chosen:
-            bias = _corrected(task.bias, task.weight, task.decode(packed[chosen]), inputs.stats.input_mean)
-        note = _note(whole if isinstance(fitted, gptq.Factor) else fitted, best, list(decoded)[-1])
-        if not len(inputs.rows):  # chosen by the error of the weights
-            return Rounded(packed[chosen], best, note)
-        return Rounded(packed[chosen], best, note, errors, loader, bias=bias, held_out=inputs.runs)
+        return self._finished(task, self._trial(task, factor_of))
 
-    def _smoothed(self, task: _Task) -> Rounded:
+    def _trial(self, task: Task, factor_of: _FactorOf) -> _Trial:
+        assert task.inputs is not None
+        runs, whole = task.inputs.runs, factor_of(task, True)
+        fitted = factor_of(task, False) if runs and not isinstance(whole, str) else whole
+        names = ["nearest"] if self._rounding == "nearest" else ["nearest", "search"]
+        names += ["gptq"] if isinstance(fitted, gptq.Factor) and not runs else []
+        packed = {name: self._rounded(task, name, fitted) for name in names}
+        part = task.part(outputs := _judged_outputs(len(task.weight)))
+        decoded = {name: task.decode(candidate)[outputs] for name, candidate in packed.items()}
+        if isinstance(fitted, gptq.Factor) and runs:
+            scale = shared_scale(task.weight, task.fmt)
+            decoded["gptq"] = part.decode(by_gptq(part.weight, task.fmt, self._device, task.where, fitted, scale))
+        errors, best, loader = _judge(part, decoded)
+        note = _note(whole if isinstance(fitted, gptq.Factor) else fitted, best, list(decoded)[-1])
+        return _Trial(packed, whole, errors, best, loader, note)
+
+    def _finished(self, task: Task, trial: _Trial) -> Rounded:
+        """The whole layer by the rounding that was best on trial."""
+        assert task.inputs is not None
+        chosen = trial.best.removesuffix(WITH_BIAS)
+        packed = trial.packed.get(chosen) or self._rounded(task, chosen, trial.factor)
+        bias = None
+        if task.bias is not None and trial.best != chosen:
+            bias = _corrected(task.bias, task.weight, task.decode(packed), task.inputs.stats.input_mean)
+        if not len(task.inputs.rows):  # chosen by the error of the weights
+            return Rounded(packed, trial.best, trial.note)
+        loader, runs = trial.loader, task.inputs.runs
+        return Rounded(packed, trial.best, trial.note, trial.errors, loader, bias=bias, held_out=runs)
+
+    def _rounded(self, task: Task, name: str, factor: gptq.Factor | str) -> Packed:
+        how = (task.weight, task.fmt, self._device, task.where)
+        if name == "nearest":
+            return nearest(*how)
+        if name == "search":
+            return searched(*how, task.importance())
+        assert isinstance(factor, gptq.Factor)
+        return by_gptq(*how, factor)
+
+    def _split(self, task: Task) -> Rounded:
+        """With a branch of the planned rank, or none where that is no better as the loader runs the layer.
+
+        On trial the branch, too, is fitted to other runs than those that judge it.
+        """
+        if task.inputs is None or not len(task.inputs.rows):
+            raise CalibQuantError(f"{task.where}: a branch needs a calibration with rows of this layer: give one")
+        refuse_damaged(task.weight, task.where)
+        plain = self._trial(task, self._shared_factor)
+        branch = self._branch(task, task.inputs.fitted)
+        trial = self._trial(task.without(branch), self._shared_factor)
+        if not trial.loader < plain.loader:
+            nothing = split.none(tuple(task.weight.shape), task.entry.rank)
+            return replace(self._finished(task, plain), note="the branch was no better than none", branch=nothing)
+        if task.inputs.runs:
+            branch, trial = self._branch(task, task.inputs.rows), replace(trial, packed={})
+        done = self._finished(task.without(branch), trial)
+        packed = replace(done.packed, energy=squared_norm(task.weight.float()))
+        return replace(done, packed=packed, branch=branch, unsplit_error=plain.loader)
+
+    def _branch(self, task: Task, rows: torch.Tensor) -> split.Branch:
+        rows = rows.float()
+        fed = as_loaded(task.fmt, rows, task.entry)
+        device = self._device
+        return split.branch(task.weight.to(device), rows.to(device), fed.to(device), task.entry.rank)
+
+    def _smoothed(self, task: Task) -> Rounded:
         """With ``pre_quant_scale``, of the alpha whose searched rounding has the least error as the loader runs it."""
         if task.inputs is None or not len(task.inputs.rows):
             raise CalibQuantError(
@@ -210,7 +210,7 @@ class Rounder:
         note = "; ".join(filter(None, [f"inputs smoothed with alpha {alpha:g}", done.note]))
         return replace(done, packed=Packed(done.packed.tensors, error, squared_norm(weight)), note=note, extra=extra)
 
-    def _hswq(self, task: _Task) -> Rounded:
+    def _hswq(self, task: Task) -> Rounded:
         if task.inputs is None:
             raise CalibQuantError(f"{task.where}: rounding hswq needs a calibration of this layer: give one")
         plain = nearest(task.weight, task.fmt, self._device, task.where)  # raises the one error for NaN and Inf
@@ -222,13 +222,13 @@ class Rounder:
         scale = torch.tensor(amax / hswq.TOP if amax else 1.0)
         return Rounded(nearest(task.weight, task.fmt, self._device, task.where, scale), "hswq", gains=gains)
 
-    def _inputs(self, seen: LayerStats) -> _Inputs:
+    def _inputs(self, seen: LayerStats) -> Inputs:
         assert self._calibration is not None
         if seen.group not in self._calibration.rows:
-            return _Inputs(torch.empty(0, 0), seen, torch.empty(0, dtype=torch.bool), 0)
-        return _Inputs(self._calibration.rows[seen.group].rows, seen, *self._calibration.held_out(seen.group))
+            return Inputs(torch.empty(0, 0), seen, torch.empty(0, dtype=torch.bool), 0)
+        return Inputs(self._calibration.rows[seen.group].rows, seen, *self._calibration.held_out(seen.group))
 
-    def _factor(self, task: _Task, everything: bool) -> gptq.Factor | str:
+    def _factor(self, task: Task, everything: bool) -> gptq.Factor | str:
         """What GPTQ needs, or why there is none ("": it was not asked for). everything: the held-out rows too."""
         assert task.inputs is not None
         inputs, size = task.inputs, task.rotation
@@ -243,7 +243,7 @@ class Rounder:
         mean = turn(mean.unsqueeze(0), size).squeeze(0).to(self._device)
         return gptq.factor(turn(rows.to(self._device), size), None if task.bias is None else mean, least)
 
-    def _shared_factor(self, task: _Task, everything: bool) -> gptq.Factor | str:
+    def _shared_factor(self, task: Task, everything: bool) -> gptq.Factor | str:
         """The same for all layers of a group; the most recent ones are kept, bounded in bytes."""
         assert task.inputs is not None
         key = task.inputs.stats.group, task.rotation, task.bias is not None, everything
@@ -273,13 +273,13 @@ def _judged_outputs(count: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, JUDGED_OUTPUTS), dtype=torch.float64).long()
 
 
-def _judge(task: _Task, decoded: dict[str, torch.Tensor]) -> tuple[dict[str, float], str, float]:
+def _judge(task: Task, decoded: dict[str, torch.Tensor]) -> tuple[dict[str, float], str, float]:
     """Output errors of roundings (name -> weight [out, in]) and, where it helps, of each with a corrected bias.
 
     Then the name of the best, of equals the more elaborate, and its error as the loader runs it.
     """
     assert task.inputs is not None
-    judge = Judge(task.weight, task.inputs.judged)
+    judge = Judge(task.weight, task.inputs.judged, whole=task.whole)
     errors: dict[str, float] = {}
     shifts: dict[str, torch.Tensor] = {}
     for name, weight in decoded.items():
@@ -301,7 +301,7 @@ def _corrected(
     return (bias.float() + (weight.float().cpu() - decoded) @ input_mean).to(bias.dtype)
 
 
-def _stretched(task: _Task, scale: torch.Tensor) -> _Task:
+def _stretched(task: Task, scale: torch.Tensor) -> Task:
     """The same layer behind ``pre_quant_scale`` [in]: inputs times it, weight over it, activation scale to match."""
     assert task.inputs is not None
     entry, inputs = task.entry, task.inputs.scaled(scale)

@@ -15,3 +15,4 @@ class LayerPlan:
     input_scale: float | None = None  # of activations, from a calibration's amax; None: the loader's own rule
     rounding: str = ""  # the job's choice; "hswq": the scale that HSWQ's weighted search finds
     pre_quant_scale: bool = False  # NVFP4 inputs are smoothed (smoothing.py); stock ComfyUI 0.29 cannot read it
+    rank: int = 0  # of the 16-bit branch that is split off before rounding (split.py); 0: none
