@@ -72,6 +72,11 @@ class CalibQuantQuantize(io.ComfyNode):
                 # "*" because the stock loaders' drop-downs take a link of no narrower type
                 io.AnyType.Output("model_name", tooltip="Name of the saved file; link it to Load Diffusion Model."),
                 ReportType.Output("report", tooltip="Sizes and the error of every layer."),
+                io.AnyType.Output(
+                    "lora_name",
+                    tooltip="With a split: name of the LoRA without which the file is wrong; link it to Load LoRA "
+                    "(Bypass, Model Only), or link model_name alone to Load Split Model. Empty otherwise.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -93,7 +98,11 @@ class CalibQuantQuantize(io.ComfyNode):
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         told = [f"warning: {note}" for note in patches.check_core(plan)]
-        output, loader_name = folders.output_path(filename_prefix, model_name)
+        (output, loader_name), *branch = (
+            folders.split_paths(filename_prefix, model_name)
+            if plan.ranks()
+            else [folders.output_path(filename_prefix, model_name)]
+        )
         with Source(folders.model_path(model_name)) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
@@ -110,11 +119,13 @@ class CalibQuantQuantize(io.ComfyNode):
                 calibration=seen,
                 rounding=rounding,
                 verify=verify,
+                lora_output=branch[0][0] if branch else None,
                 progress=_progress(cls.hidden.unique_id, output.name),
             )
-        written.remember(cls.hidden.unique_id, output)
+        written.remember(cls.hidden.unique_id, output, *(path for path, _ in branch))
+        lora_name = branch[0][1] if branch else ""
         lines = [loader_name, report.summary(), *told, *_about(model, merge)]
-        return io.NodeOutput(loader_name, report, ui=ui.PreviewText("\n".join(lines)))
+        return io.NodeOutput(loader_name, report, lora_name, ui=ui.PreviewText("\n".join(lines)))
 
 
 def _about(model: Any, merge: dict[str, Any]) -> list[str]:

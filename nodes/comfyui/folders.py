@@ -10,6 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ...quant_core.errors import CalibQuantError
+from ...quant_core.models import splitfile
 
 PACK = Path(__file__).resolve().parents[2]
 PROMPT_SETS = "calibquant_promptsets"
@@ -148,13 +149,24 @@ def _named(folder: str, name: str, suffix: str) -> Path:
 
 def _numbered(folder: str, prefix: str, suffix: str) -> tuple[Path, str]:
     """A file not yet taken below a folder of ComfyUI's output folder, which is made; and its name below that folder."""
-    _check_name("filename_prefix", prefix, folder)
-    with _explained("filename_prefix", prefix, folder):
-        root = folder_paths.get_output_directory()
-        path, stem, counter, below, _ = folder_paths.get_save_image_path(f"{folder}/{prefix.strip()}", root)
-        os.makedirs(path, exist_ok=True)
-    name = f"{stem}_{counter:05}_{suffix}"
-    return Path(path) / name, str(Path(below).relative_to(folder) / name)
+    return _numbered_alike(prefix, {folder: suffix})[0]
+
+
+def _numbered_alike(prefix: str, suffixes: dict[str, str]) -> list[tuple[Path, str]]:
+    """The same for several files, each below a folder of its own, under one number that none of them has taken."""
+    places = []
+    for folder in suffixes:
+        _check_name("filename_prefix", prefix, folder)
+        with _explained("filename_prefix", prefix, folder):
+            root = folder_paths.get_output_directory()
+            places.append(folder_paths.get_save_image_path(f"{folder}/{prefix.strip()}", root))
+            os.makedirs(places[-1][0], exist_ok=True)
+    number = max(counter for _, _, counter, _, _ in places)
+    found = []
+    for (folder, suffix), (path, stem, _, below, _) in zip(suffixes.items(), places, strict=True):
+        name = f"{stem}_{number:05}_{suffix}"
+        found.append((Path(path) / name, str(Path(below).relative_to(folder) / name)))
+    return found
 
 
 @contextlib.contextmanager
@@ -175,8 +187,16 @@ def _check_name(what: str, name: str, folder: str) -> None:
 
 def output_path(prefix: str, model_name: str) -> tuple[Path, str]:
     """A file name not yet taken in ComfyUI's output folder, and the name under which a stock loader finds it."""
-    kind = "checkpoints" if model_name.startswith(CHECKPOINTS) else "diffusion_models"
-    return _numbered(kind, prefix, ".safetensors")
+    return _numbered(_kind(model_name), prefix, ".safetensors")
+
+
+def split_paths(prefix: str, model_name: str) -> list[tuple[Path, str]]:
+    """The same for the two files of a split: the main file, and its LoRA below output/loras."""
+    return _numbered_alike(prefix, {_kind(model_name): splitfile.MAIN, "loras": splitfile.BRANCH})
+
+
+def _kind(model_name: str) -> str:
+    return "checkpoints" if model_name.startswith(CHECKPOINTS) else "diffusion_models"
 
 
 def shown(path: Path) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 
 from . import feedback
 
-_latest: dict[str, Path] = {}  # by graph: what it wrote last
-_lost: Counter[str] = Counter()  # by graph: how often that file was found deleted
+_latest: dict[str, tuple[Path, ...]] = {}  # by graph: what it wrote last
+_lost: Counter[str] = Counter()  # by graph: how often one of them was found deleted
 
 
-def remember(node_id: str | None, path: Path) -> None:
-    """The node that runs now, with everything before it, has written this file."""
-    _latest[_graph(node_id)] = path
+def remember(node_id: str | None, *paths: Path) -> None:
+    """The node that runs now, with everything before it, has written these files."""
+    _latest[_graph(node_id)] = paths
 
 
 def times_lost(node_id: str | None) -> int:
-    """For ``fingerprint_inputs``: another number whenever the file that the same graph wrote last has gone."""
+    """For ``fingerprint_inputs``: another number whenever a file that the same graph wrote last has gone."""
     graph = _graph(node_id)
-    if graph in _latest and not _latest[graph].exists():
+    if graph in _latest and not all(path.exists() for path in _latest[graph]):
         del _latest[graph]
         _lost[graph] += 1
     return _lost[graph]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..files.text import change_of_size, gigabytes
+from ..files.text import change_of_size
 from . import decision
 from .options import path
 
@@ -39,13 +39,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _plan_text(made: Plan, source: Source) -> str:
     from ..formats import title
-    from ..planning import folds
-    from ..planning.splitting import rank_bytes
+    from ..planning import folds, splitting
 
     counts = ", ".join(f"{n} {title(fmt)}" for fmt, n in made.count().items())
     sizes = change_of_size(source.checkpoint.nbytes(), made.size)
-    ranks = made.ranks()
-    branch = sum(rank_bytes(source.shape(layer)) * rank for layer, rank in ranks.items())
     line = f"{source.architecture.title}, recipe {made.recipe}: {counts}; {sizes} ({made.size} bytes)"
-    line += f"; split: {len(ranks)} layers, {gigabytes(branch)} more in a LoRA" * bool(ranks)
-    return "\n".join([line, *folds.summary(made.folds)])
+    return "\n".join([line, *folds.summary(made.folds), *splitting.summary(source, made)])

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import OptionError
 from ..evidence.calibration import Calibration
+from ..files.text import counted, gigabytes
 from ..formats import FORMATS
 from ..models import folding, lora
 from ..models.folding import Merge
@@ -72,6 +73,13 @@ def split(source: Source, plan: Plan, calibration: Calibration, wanted: str, pro
         raise OptionError(f"split {wanted}: no layer of {source.path} gets a branch: {why}")
     layers = {layer: _with_branch(entry, ranks.get(layer, 0)) for layer, entry in plan.layers.items()}
     return sized(source, replace(plan, layers=layers))
+
+
+def summary(source: Source, plan: Plan) -> list[str]:
+    """What a plan splits off, for whoever made it; [] for nothing."""
+    ranks = plan.ranks()
+    branch = sum(rank_bytes(source.shape(layer)) * rank for layer, rank in ranks.items())
+    return [f"split: {counted(len(ranks), 'layer')}, {gigabytes(branch)} more in a LoRA of their own"] if ranks else []
 
 
 def rank_bytes(shape: tuple[int, ...]) -> int:
