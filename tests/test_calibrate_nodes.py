@@ -742,7 +742,7 @@ def test_saving_before_sampling_is_one_clear_line(server: Server) -> None:
         server.post(only)
 
 
-@pytest.mark.parametrize("name", ["calibrate_with_prompts", "monitor_my_own_graph"])
+@pytest.mark.parametrize("name", ["calibrate_with_prompts", "monitor_my_own_graph", "split_demo_model"])
 def test_template_is_listed_and_equals_its_twin(server: Server, name: str) -> None:
     assert name in server.get("/workflow_templates")[PACK_NAME]
     workflow, twin = json.loads((models.ROOT / "workflows" / f"{name}.json").read_text("utf-8")), api_twin(name)

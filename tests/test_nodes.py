@@ -17,10 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import reference
 import torch
 from comfy_env import PACK_NAME, PromptInterrupted, Server, ServerError
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -649,3 +651,27 @@ def test_loader_takes_the_saved_name_by_a_link() -> None:
     twin = api_twin()
     linked = [node["inputs"]["unet_name"] for node in twin.values() if node["class_type"] == "UNETLoader"]
     assert [of_type(twin, "CalibQuantQuantize"), 0] in linked and MODEL in linked
+
+
+def test_the_workflow_saves_a_split_and_loads_it_both_ways(server: Server) -> None:
+    graph = json.loads((models.ROOT / "workflows" / "api" / "split_demo_model.json").read_text("utf-8"))
+    (save,) = (name for name, node in graph.items() if node["class_type"] == "CalibQuantQuantize")
+    outputs = server.post(graph)["outputs"]
+    text = outputs[save]["text"][0]
+    assert "wrong without its LoRA" in text and "Load Split Model" in text
+    main, branch = (
+        next((server.output_dir / folder / "calibquant").glob(f"digits_*_.split{end}"))
+        for folder, end in (("diffusion_models", ".safetensors"), ("loras", ".lora.safetensors"))
+    )
+    assert branch.name == main.name.replace(".split", ".split.lora")  # one number for the two
+    by_node, by_stock, original = (_pixels(server, outputs[str(preview)]) for preview in (12, 24, 17))
+    assert (by_node == by_stock).all() and 0 < np.abs(by_node - original).mean() < 2  # of 255
+    branch.unlink()
+    again = server.post(graph)["outputs"]  # not from the cache: one of its files is gone
+    assert "wrong without its LoRA" in again[save]["text"][0]
+
+
+def _pixels(server: Server, output: dict[str, Any]) -> np.ndarray:
+    (image,) = output["images"]
+    with Image.open(server.base_dir / "temp" / image["subfolder"] / image["filename"]) as file:
+        return np.asarray(file.convert("L"), dtype=float)
