@@ -6,7 +6,8 @@ One safetensors file holds it. Per layer ``L`` (named without the checkpoint's p
 ``L.output_channel_sqmean`` (float32 [out]), ``L.count`` (rows seen) and ``L.calls`` (int64). Layers that see one
 tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]), ``G.row_keys`` (float64) and ``G.row_runs``
 (int32, the run each row is from, a place in the header's ``runs``), where G is the group's first layer; the header says
-which layer belongs to which G.
+which layer belongs to which G. Where sensitivities were measured (``sensitivity``): ``L.sens_inputs`` (bfloat16
+[n, in]; left out where they are those of G) and ``L.sens_gradients`` (bfloat16 [n, out]) or ``L.sens_gain`` (float64).
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from numpy.typing import NDArray
 
 from ..errors import CalibQuantError, printable
 from ..files.checkpoint import Checkpoint, TensorSpec, Writer
-from ..files.text import parse_json
+from ..files.text import counted, parse_json
+from . import sensitivity
+from .sensitivity import LayerSensitivity
 
-FORMAT_VERSION = 3  # 1 had no input_mean, 2 no row_runs
-READABLE = (2, 3)
+FORMAT_VERSION = 4  # 1 had no input_mean, 2 no row_runs, 3 no sensitivities
+READABLE = (2, 3, 4)
 METADATA_KEY = "calibquant_calibration"
+POINTS = "sensitivity_points"  # in info: which runs and sigmas sensitivities were measured at
 ROWS = 2048  # of input per group
 HELD_OUT = 5  # one run in so many is set aside
 UNKNOWN = -1  # the run of a row that a file of version 2 or an unfinished run left
@@ -77,6 +81,7 @@ class Calibration:
     layers: dict[str, LayerStats] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of layers where they were measured
 
     def rows_of(self, layer: str) -> torch.Tensor:
         """Sampled input rows of a layer, bfloat16 [n, in]."""
@@ -119,7 +124,14 @@ def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
     info["sigmas"] = dict(Counter(a.info.get("sigmas", {})) + Counter(b.info.get("sigmas", {})))
     for name in ("cond_rows", "uncond_rows"):
         info[name] = a.info.get(name, 0) + b.info.get(name, 0)
-    return Calibration(layers, merged, info)
+    return Calibration(layers, merged, info, merge_sensitivities(a.sensitivities, b.sensitivities))
+
+
+def merge_sensitivities(
+    a: Mapping[str, LayerSensitivity], b: Mapping[str, LayerSensitivity]
+) -> dict[str, LayerSensitivity]:
+    both = {name: sensitivity.merge(a[name], b[name]) for name in a if name in b}
+    return {**a, **b, **both}
 
 
 def _merge_stats(a: LayerStats | None, b: LayerStats | None) -> LayerStats:
@@ -168,12 +180,26 @@ def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool
         tensors |= {f"{name}.rows": sample.rows, f"{name}.row_keys": torch.from_numpy(sample.keys)}
         tensors[f"{name}.row_runs"] = torch.from_numpy(sample.runs)
     groups = {name: stats.group for name, stats in calibration.layers.items()}
+    tensors |= _sensitivity_tensors(calibration.sensitivities, groups)
     info = {**calibration.info, "format_version": FORMAT_VERSION, "groups": groups}
     metadata = {METADATA_KEY: json.dumps(info, ensure_ascii=False)}
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with Writer(path, specs, metadata, overwrite) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def _sensitivity_tensors(known: Mapping[str, LayerSensitivity], groups: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, stored in known.items():
+        leader = known.get(groups[name])
+        if stored is leader or leader is None or not torch.equal(stored.inputs, leader.inputs):
+            tensors[f"{name}.sens_inputs"] = stored.inputs
+        if stored.gradients is None:
+            tensors[f"{name}.sens_gain"] = torch.tensor(stored.gain, dtype=torch.float64)
+        else:
+            tensors[f"{name}.sens_gradients"] = stored.gradients
+    return tensors
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:
@@ -192,9 +218,11 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
             runs = len(info.get("runs", []))
             rows = {name: _load_rows(file, name, layers, runs) for name in sorted(set(groups.values()))}
+            known = _load_sensitivities(file, layers)
         except _DamageError as e:
             raise CalibQuantError(f"{problem}: {e}: {remedy}") from e
-    return Calibration(layers, {name: sample for name, sample in rows.items() if sample is not None}, info)
+    sampled = {name: sample for name, sample in rows.items() if sample is not None}
+    return Calibration(layers, sampled, info, known)
 
 
 class _DamageError(Exception):
@@ -204,7 +232,7 @@ class _DamageError(Exception):
 # What the header says beside the groups: name -> kind. All may be missing; what else is there is carried along.
 _INFO = {
     "architecture": str, "source_file": str, "source_fingerprint": str, "rows": int, "cond_rows": int,
-    "uncond_rows": int, "runs": list, "sigmas": dict,
+    "uncond_rows": int, "runs": list, "sigmas": dict, POINTS: list,
 }  # fmt: skip
 
 
@@ -220,6 +248,8 @@ def _check_info(info: Any) -> dict[str, str]:
         raise _DamageError("sigmas in its header must be counts")
     if not all(isinstance(run, str) for run in info.get("runs", [])):
         raise _DamageError("runs in its header must be names")
+    if not all(isinstance(point, str) for point in info.get(POINTS, [])):
+        raise _DamageError(f"{POINTS} in its header must be names")
     groups = info.pop("groups", None)
     if not isinstance(groups, dict) or not all(isinstance(g, str) and g in groups for g in groups.values()):
         raise _DamageError("its header does not say which layers share an input")
@@ -277,6 +307,26 @@ def _read(file: Checkpoint, key: str, dtype: str, rank: int) -> torch.Tensor:
     return tensor
 
 
+def _load_sensitivities(file: Checkpoint, layers: Mapping[str, LayerStats]) -> dict[str, LayerSensitivity]:
+    """Those of layers that have one; layers with the same inputs share one tensor."""
+    found, inputs = {}, {}
+    for name, stats in layers.items():
+        by_gradient = f"{name}.sens_gradients" in file.entries
+        if not by_gradient and f"{name}.sens_gain" not in file.entries:
+            continue
+        holder = name if f"{name}.sens_inputs" in file.entries else stats.group
+        if holder not in inputs:
+            inputs[holder] = _read(file, f"{holder}.sens_inputs", "BF16", 2)
+        rows, width, out = inputs[holder], len(stats.input_amax), len(stats.output_channel_mean)
+        gradients = _read(file, f"{name}.sens_gradients", "BF16", 2) if by_gradient else None
+        gain = 0.0 if by_gradient else float(_read(file, f"{name}.sens_gain", "F64", 0))
+        fits = not by_gradient or (gradients is not None and gradients.shape == (len(rows), out))
+        if not len(rows) or rows.shape[1] != width or not fits or gain < 0:
+            raise _DamageError(f"layer {name}: its sensitivity does not fit a layer of {width} inputs, {out} outputs")
+        found[name] = LayerSensitivity(rows, gradients, gain)
+    return found
+
+
 def describe(calibration: Calibration) -> str:
     """Layers, rows, amax and outlier ratio (worst / median channel, of E[x^2] ** .5) per layer type, as a table."""
     info = calibration.info
@@ -289,6 +339,7 @@ def describe(calibration: Calibration) -> str:
         + f"{len(calibration.layers)} layers, {len(info.get('runs', []))} runs",
         f"sigmas {len(info.get('sigmas', {}))}, cond rows {info.get('cond_rows', 0)}, uncond rows "
         f"{info.get('uncond_rows', 0)}, sampled rows {sum(len(r.keys) for r in calibration.rows.values())}",
+        *_describe_sensitivities(calibration),
         head,
         "-" * len(head),
     ]
@@ -299,6 +350,15 @@ def describe(calibration: Calibration) -> str:
         rows = sum(stats.count for stats in members)
         lines.append(f"{kind:<44}{len(members):>4}{rows:>12}{amax:>11.3g}{ratio:>14.1f}{variance:>13.3g}")
     return "\n".join(lines)
+
+
+def _describe_sensitivities(calibration: Calibration) -> list[str]:
+    known = calibration.sensitivities
+    if not known:
+        return []
+    by_gradient = sum(stored.gradients is not None for stored in known.values())
+    points = counted(len(calibration.info.get(POINTS, [])), "point")
+    return [f"sensitivities of {len(known)} layers from {points} ({by_gradient} of them by gradients)"]
 
 
 def outlier_ratio(stats: LayerStats) -> float:

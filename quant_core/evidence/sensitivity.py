@@ -1,0 +1,113 @@
+"""How much an error of one layer's output moves the model's prediction: stored rows that answer it for any rounding.
+
+Damage is ||dy||^2 / ||y||^2 of the prediction y, a mean over points of sampling trajectories. To first order
+dy = J dY with J = dy/dY of the layer's outputs Y, and for a random vector v of +-1 E<v, J dY>^2 = ||J dY||^2: one
+backward pass of <v, y> gives the gradients of all layers, and any error's damage follows without running the model.
+Tokens are taken as independent, sum <g_t, dY_t>^2 instead of (sum <g_t, dY_t>)^2, so that a sample of them will do.
+Demo model, 60 layers, Spearman with the true damage: the same for both (.85 / .84), element by element only .74.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import CalibQuantError
+
+ROWS = 512  # of each layer; demo model, Spearman with 32 / 128 / 512 / 1024 rows: .79 / .83 / .85 / .85
+Error = Callable[[torch.Tensor], torch.Tensor]  # input rows float32 [n, in] -> errors of the output rows [n, out]
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What is known of one layer, by one of two estimators.
+
+    inputs: bfloat16 [n, in]. gradients: bfloat16 [n, out], scaled so that the mean of <gradient, error>^2 over rows is
+    the damage. Matched prediction knows no gradients, but gain: the damage of a mean squared error (a row's sum) of 1.
+    """
+
+    inputs: torch.Tensor
+    gradients: torch.Tensor | None = None
+    gain: float = 0.0
+
+
+def damage(stored: LayerSensitivity, error: Error) -> float:
+    """||dy||^2 / ||y||^2 of the model's prediction y that this error of the layer makes; damages of layers add up."""
+    errors = error(stored.inputs.float())
+    if stored.gradients is None:
+        return stored.gain * errors.square().sum(1).mean().item()
+    return (errors * stored.gradients.float()).sum(1, dtype=torch.float64).square().mean().item()
+
+
+def merge(a: LayerSensitivity, b: LayerSensitivity) -> LayerSensitivity:
+    """The points of both; where only one has gradients, that one."""
+    if (a.gradients is None) != (b.gradients is None):
+        return b if a.gradients is None else a
+    inputs = torch.cat([a.inputs, b.inputs])
+    if a.gradients is None or b.gradients is None:
+        return LayerSensitivity(inputs, gain=(a.gain * len(a.inputs) + b.gain * len(b.inputs)) / len(inputs))
+    return LayerSensitivity(inputs, torch.cat([a.gradients, b.gradients]))
+
+
+class Gatherer:
+    """Keeps some rows of every backward pass, as many of each, chosen by numbers alone.
+
+    groups: layer -> the group that sees one tensor; layers of a group keep the same rows and share one copy of them.
+    rows: to keep of each layer when all ``backwards`` are done.
+    """
+
+    def __init__(self, groups: Mapping[str, str], rows: int, backwards: int, seed: int) -> None:
+        self._groups, self._rows, self._backwards, self._seed = groups, rows, backwards, seed
+        self._done = 0
+        self._inputs: dict[str, list[torch.Tensor]] = {}
+        self._gradients: dict[str, list[torch.Tensor]] = {}
+        self._pending: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def add(self, layer: str, x: torch.Tensor, g: torch.Tensor, energy: torch.Tensor) -> None:
+        """One call of a layer: its input [..., in] and gradient [..., out]; energy: ||y||^2 of each sample, [B]."""
+        calls = self._pending.setdefault(layer, [])
+        x, g, tokens, samples = *_rows_of(x, g), 1, len(energy)
+        if len(x) % samples:
+            energy, samples = energy.mean().view(1), 1
+        tokens = len(x) // samples
+        quota = self._rows * (self._done + 1) // self._backwards - self._rows * self._done // self._backwards
+        group = zlib.crc32(self._groups.get(layer, layer).encode())
+        random = np.random.default_rng((self._seed, group, self._done, len(calls)))
+        chosen = torch.from_numpy(random.permutation(len(x))[:quota])
+        scale = (tokens / energy.double()[chosen.to(energy.device) // tokens]).sqrt().float()
+        at = chosen.to(x.device)
+        calls.append((x[at].to(torch.bfloat16).cpu(), (g[at].float() * scale.to(x.device).unsqueeze(1)).cpu()))
+
+    def finish(self) -> list[str]:
+        """End a backward pass; the layers it reached. CalibQuantError names a layer whose gradients overflowed."""
+        for layer, calls in self._pending.items():
+            # The sum over the calls of a layer that is called more than once, where one mean is taken over all rows.
+            gradients = torch.cat([g for _, g in calls]) * len(calls) ** 0.5
+            if not gradients.isfinite().all():
+                raise CalibQuantError(f"layer {layer}: NaN or Inf in its gradient: choose estimator matched")
+            self._gradients.setdefault(layer, []).append(gradients.to(torch.bfloat16))
+            self._inputs.setdefault(layer, []).append(torch.cat([x for x, _ in calls]))
+        reached, self._pending = list(self._pending), {}
+        self._done += 1
+        return reached
+
+    def drop(self) -> None:
+        """Forget an unfinished backward pass."""
+        self._pending = {}
+
+    def result(self) -> dict[str, LayerSensitivity]:
+        found: dict[str, LayerSensitivity] = {}
+        shared: dict[str, torch.Tensor] = {}
+        for layer, gradients in self._gradients.items():
+            inputs = torch.cat(self._inputs[layer])
+            first = shared.setdefault(self._groups.get(layer, layer), inputs)
+            found[layer] = LayerSensitivity(first if torch.equal(first, inputs) else inputs, torch.cat(gradients))
+        return {layer: each for layer, each in found.items() if len(each.inputs)}
+
+
+def _rows_of(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.detach().reshape(-1, x.shape[-1]), g.detach().reshape(-1, g.shape[-1])
