@@ -1,4 +1,4 @@
-"""Everything that touches ComfyUI's internals: folders, feedback, cache, a MODEL's patches, sampling.
+"""Everything that touches ComfyUI's internals: folders, feedback, cache, a MODEL's patches, sampling, gradients.
 
-A change in ComfyUI should touch these five files of ours and no others.
+A change in ComfyUI should touch these six files of ours and no others.
 """

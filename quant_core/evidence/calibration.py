@@ -193,7 +193,7 @@ def _sensitivity_tensors(known: Mapping[str, LayerSensitivity], groups: Mapping[
     tensors: dict[str, torch.Tensor] = {}
     for name, stored in known.items():
         leader = known.get(groups[name])
-        if stored is leader or leader is None or not torch.equal(stored.inputs, leader.inputs):
+        if groups[name] == name or leader is None or not torch.equal(stored.inputs, leader.inputs):
             tensors[f"{name}.sens_inputs"] = stored.inputs
         if stored.gradients is None:
             tensors[f"{name}.sens_gain"] = torch.tensor(stored.gain, dtype=torch.float64)

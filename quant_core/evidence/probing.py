@@ -1,7 +1,7 @@
 """Sensitivities of any torch model: gradient probes where a backward pass fits, else matched prediction.
 
-    meter = Meter(model, layers, groups)
-    meter.visit(lambda: model(x), share=1.0)  # at as many points as you like; grad mode on, inference mode off
+    meter = Meter(model, groups, Settings(visits=1))
+    meter.visit(lambda: model(x), "first point")  # at as many points as you like; grad mode on, inference mode off
     calibration.sensitivities = meter.result()
 
 *Gradient probes* cost a forward pass and ``probes`` backward passes a point, for all layers at once. *Matched
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,10 +46,14 @@ def plain_weight(module: torch.nn.Module, like: torch.Tensor) -> Iterator[torch.
 
 @dataclass(frozen=True)
 class Settings:
-    """visits: how many points there will be. seconds: that matched prediction may take over all of them."""
+    """visits: how many points there are, ``done`` of them in an earlier run. rows: of each layer, from all of them.
+
+    seconds: that matched prediction may take over all of them.
+    """
 
     estimator: str = "gradient"
     visits: int = 1
+    done: int = 0
     probes: int = 2
     rows: int = sensitivity.ROWS
     seconds: float = 600.0
@@ -67,61 +72,66 @@ class Meter:
     ) -> None:  # fmt: skip
         self._model, self._settings, self._weight_of = model, settings, weight_of
         self._free, self._tick = free, tick
-        self._layers = {name: module for name, module in linears(model) if name in groups}
-        self._gatherer = Gatherer(groups, settings.rows, settings.visits * settings.probes, settings.seed)
-        self._random = torch.Generator().manual_seed(settings.seed)
+        self._linears = dict(linears(model))
+        self._layers = {name: module for name, module in self._linears.items() if name in groups}
+        probes = settings.probes
+        self._gatherer = Gatherer(groups, settings.rows, settings.visits * probes, settings.done * probes)
         self._matched: dict[str, LayerSensitivity] = {}
         self._by_gradient, self._checkpointed = settings.estimator == "gradient", False
         self.note = ""  # why it does not work as asked
-        self.visits = 0
+        self.points: list[str] = []  # visited
 
-    def visit(self, predict: Predict) -> None:
-        """Measure at one point. Falls back to block-wise checkpointing, and from that to matched prediction."""
+    def visit(self, predict: Predict, point: str) -> None:
+        """Measure at one point, whose random numbers hang on its name.
+
+        Falls back to block-wise checkpointing, and from that to matched prediction.
+        """
         if self._by_gradient:
             try:
-                reached = self._gradients(predict)
+                reached = self._gradients(predict, zlib.crc32(point.encode()))
                 # A layer without effect, or one behind an operation that has no gradient: a rounding tells which.
                 self._match(predict, [n for n in self._layers if n not in reached and n not in self._matched])
-                self.visits += 1
+                self.points.append(point)
                 return
             except (RuntimeError, TooLarge, CalibQuantError) as e:  # torch.OutOfMemoryError is a RuntimeError
-                self._gatherer.drop()
                 problem = str(e).splitlines()[0]
             self._by_gradient = False
             self.note = f"no gradients ({problem}): measured by matched prediction"
         self._match(predict, list(self._layers))
-        self.visits += 1
+        self.points.append(point)
 
     def result(self) -> dict[str, LayerSensitivity]:
         """Of all points so far; of a layer with gradients those alone."""
         return {**self._matched, **self._gatherer.result()}
 
-    def _gradients(self, predict: Predict) -> set[str]:
+    def _gradients(self, predict: Predict, entropy: int) -> set[str]:
         """Layers that the backward passes reached."""
         if not self._checkpointed:
             try:
-                return self._backward(predict, contextlib.nullcontext())
+                return self._backward(predict, entropy, contextlib.nullcontext())
             except (TooLarge, torch.OutOfMemoryError):
-                self._gatherer.drop()
                 self._checkpointed = True
-        return self._backward(predict, checkpointed_blocks(self._model))
+        return self._backward(predict, entropy, checkpointed_blocks(self._model))
 
-    def _backward(self, predict: Predict, how: contextlib.AbstractContextManager[None]) -> set[str]:
+    def _backward(self, predict: Predict, entropy: int, how: contextlib.AbstractContextManager[None]) -> set[str]:
         anchor = torch.zeros((), requires_grad=True)
         energy = torch.empty(0)
 
         def sink(layer: str, x: torch.Tensor, g: torch.Tensor) -> None:
             self._tick()
-            self._gatherer.add(layer, x, g, energy)
+            if layer in self._layers:
+                self._gatherer.add(layer, x, g, energy)
 
-        with tapped(self._layers, anchor, sink, self._weight_of), how:
+        random = torch.Generator().manual_seed(self._settings.seed << 32 | entropy)
+        with tapped(self._linears, anchor, sink, self._weight_of), how:
             with _held_below(self._free(), self._model):
                 y = predict()
             energy = y.detach().float().flatten(1).square().sum(1).clamp(min=1e-30)
             reached: set[str] = set()
             for i in range(self._settings.probes):
-                v = torch.randint(0, 2, y.shape, generator=self._random).to(y) * 2 - 1
+                v = torch.randint(0, 2, y.shape, generator=random).to(y) * 2 - 1
                 more = i + 1 < self._settings.probes
+                self._gatherer.start(self._settings.seed, entropy, i)
                 torch.autograd.grad(y, anchor, v, retain_graph=more, allow_unused=True)
                 reached |= set(self._gatherer.finish())
         return reached

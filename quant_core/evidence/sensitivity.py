@@ -57,15 +57,19 @@ class Gatherer:
     """Keeps some rows of every backward pass, as many of each, chosen by numbers alone.
 
     groups: layer -> the group that sees one tensor; layers of a group keep the same rows and share one copy of them.
-    rows: to keep of each layer when all ``backwards`` are done.
+    rows: to keep of each layer when all ``backwards`` are done; ``done`` of them an earlier gatherer saw.
     """
 
-    def __init__(self, groups: Mapping[str, str], rows: int, backwards: int, seed: int) -> None:
-        self._groups, self._rows, self._backwards, self._seed = groups, rows, backwards, seed
-        self._done = 0
+    def __init__(self, groups: Mapping[str, str], rows: int, backwards: int, done: int = 0) -> None:
+        self._groups, self._rows, self._backwards, self._done = groups, rows, backwards, done
+        self._entropy: tuple[int, ...] = ()
         self._inputs: dict[str, list[torch.Tensor]] = {}
         self._gradients: dict[str, list[torch.Tensor]] = {}
         self._pending: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def start(self, *entropy: int) -> None:
+        """Begin a backward pass; what it draws depends on these numbers."""
+        self._entropy, self._pending = entropy, {}
 
     def add(self, layer: str, x: torch.Tensor, g: torch.Tensor, energy: torch.Tensor) -> None:
         """One call of a layer: its input [..., in] and gradient [..., out]; energy: ||y||^2 of each sample, [B]."""
@@ -76,7 +80,7 @@ class Gatherer:
         tokens = len(x) // samples
         quota = self._rows * (self._done + 1) // self._backwards - self._rows * self._done // self._backwards
         group = zlib.crc32(self._groups.get(layer, layer).encode())
-        random = np.random.default_rng((self._seed, group, self._done, len(calls)))
+        random = np.random.default_rng((*self._entropy, group, len(calls)))
         chosen = torch.from_numpy(random.permutation(len(x))[:quota])
         scale = (tokens / energy.double()[chosen.to(energy.device) // tokens]).sqrt().float()
         at = chosen.to(x.device)
@@ -94,10 +98,6 @@ class Gatherer:
         reached, self._pending = list(self._pending), {}
         self._done += 1
         return reached
-
-    def drop(self) -> None:
-        """Forget an unfinished backward pass."""
-        self._pending = {}
 
     def result(self) -> dict[str, LayerSensitivity]:
         found: dict[str, LayerSensitivity] = {}
