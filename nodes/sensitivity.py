@@ -106,12 +106,12 @@ def _probing_inputs() -> list[Any]:
 def _check(model: Any, found: Calibration) -> None:
     if not found.layers:
         raise CalibQuantError("the calibration is empty: link one that was collected before")
+    if patches.is_quantized(model):
+        raise CalibQuantError("the linked MODEL is quantized: load the 16-bit model that it was made from")
     identity = patches.identify(model)[1]
     if any(found.info.get(name) != identity.get(name) for name in IDENTITY):
         of = found.info.get("source_file") or f"a {found.info.get('architecture')} model"
         raise CalibQuantError(f"the calibration is of another model ({of}): link the model that it was made with")
-    if patches.is_quantized(model):
-        raise CalibQuantError("the linked MODEL is quantized: load the 16-bit model that it was made from")
 
 
 def _name(text: str, seed: int, number: int, points: int) -> str:

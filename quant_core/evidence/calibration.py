@@ -7,7 +7,8 @@ One safetensors file holds it. Per layer ``L`` (named without the checkpoint's p
 tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]), ``G.row_keys`` (float64) and ``G.row_runs``
 (int32, the run each row is from, a place in the header's ``runs``), where G is the group's first layer; the header says
 which layer belongs to which G. Where sensitivities were measured (``sensitivity``): ``L.sens_inputs`` (bfloat16
-[n, in]; left out where they are those of G) and ``L.sens_gradients`` (bfloat16 [n, out]) or ``L.sens_gain`` (float64).
+[n, in]; left out where they are those of G), ``L.sens_gradients`` (bfloat16 [n, out]) and ``L.sens_sums`` (bfloat16
+[m, out]), or ``L.sens_gain`` (float64).
 """
 
 from __future__ import annotations
@@ -195,10 +196,10 @@ def _sensitivity_tensors(known: Mapping[str, LayerSensitivity], groups: Mapping[
         leader = known.get(groups[name])
         if groups[name] == name or leader is None or not torch.equal(stored.inputs, leader.inputs):
             tensors[f"{name}.sens_inputs"] = stored.inputs
-        if stored.gradients is None:
+        if stored.gradients is None or stored.sums is None:
             tensors[f"{name}.sens_gain"] = torch.tensor(stored.gain, dtype=torch.float64)
         else:
-            tensors[f"{name}.sens_gradients"] = stored.gradients
+            tensors |= {f"{name}.sens_gradients": stored.gradients, f"{name}.sens_sums": stored.sums}
     return tensors
 
 
@@ -318,12 +319,15 @@ def _load_sensitivities(file: Checkpoint, layers: Mapping[str, LayerStats]) -> d
         if holder not in inputs:
             inputs[holder] = _read(file, f"{holder}.sens_inputs", "BF16", 2)
         rows, width, out = inputs[holder], len(stats.input_amax), len(stats.output_channel_mean)
-        gradients = _read(file, f"{name}.sens_gradients", "BF16", 2) if by_gradient else None
-        gain = 0.0 if by_gradient else float(_read(file, f"{name}.sens_gain", "F64", 0))
-        fits = not by_gradient or (gradients is not None and gradients.shape == (len(rows), out))
-        if not len(rows) or rows.shape[1] != width or not fits or gain < 0:
+        if by_gradient:
+            gradients, sums = (_read(file, f"{name}.sens_{key}", "BF16", 2) for key in ("gradients", "sums"))
+            fits = gradients.shape == (len(rows), out) and len(sums) and sums.shape[1] == out
+            found[name] = LayerSensitivity(rows, gradients, sums)
+        else:
+            found[name] = LayerSensitivity(rows, gain=float(_read(file, f"{name}.sens_gain", "F64", 0)))
+            fits = found[name].gain >= 0
+        if not fits or not len(rows) or rows.shape[1] != width:
             raise _DamageError(f"layer {name}: its sensitivity does not fit a layer of {width} inputs, {out} outputs")
-        found[name] = LayerSensitivity(rows, gradients, gain)
     return found
 
 

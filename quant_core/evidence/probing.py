@@ -72,8 +72,7 @@ class Meter:
     ) -> None:  # fmt: skip
         self._model, self._settings, self._weight_of = model, settings, weight_of
         self._free, self._tick = free, tick
-        self._linears = dict(linears(model))
-        self._layers = {name: module for name, module in self._linears.items() if name in groups}
+        self._layers = {name: module for name, module in linears(model) if name in groups}
         probes = settings.probes
         self._gatherer = Gatherer(groups, settings.rows, settings.visits * probes, settings.done * probes)
         self._matched: dict[str, LayerSensitivity] = {}
@@ -123,7 +122,7 @@ class Meter:
                 self._gatherer.add(layer, x, g, energy)
 
         random = torch.Generator().manual_seed(self._settings.seed << 32 | entropy)
-        with tapped(self._linears, anchor, sink, self._weight_of), how:
+        with tapped(self._model, anchor, sink, self._weight_of), how:
             with _held_below(self._free(), self._model):
                 y = predict()
             energy = y.detach().float().flatten(1).square().sum(1).clamp(min=1e-30)
@@ -131,7 +130,7 @@ class Meter:
             for i in range(self._settings.probes):
                 v = torch.randint(0, 2, y.shape, generator=random).to(y) * 2 - 1
                 more = i + 1 < self._settings.probes
-                self._gatherer.start(self._settings.seed, entropy, i)
+                self._gatherer.start(i, self._settings.seed, entropy)
                 torch.autograd.grad(y, anchor, v, retain_graph=more, allow_unused=True)
                 reached |= set(self._gatherer.finish())
         return reached
@@ -197,7 +196,8 @@ class _Tap(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.sink, ctx.weight = sink, weight
         with torch.no_grad():
-            return forward(x)
+            y = forward(x)
+        return y.clone() if y._is_view() else y  # no view: models work on it in place
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
@@ -211,9 +211,12 @@ class _Tap(torch.autograd.Function):
 
 @contextlib.contextmanager
 def tapped(
-    layers: Mapping[str, torch.nn.Module], anchor: torch.Tensor, sink: Callable[..., None], weight_of: WeightOf
+    model: torch.nn.Module, anchor: torch.Tensor, sink: Callable[..., None], weight_of: WeightOf
 ) -> Iterator[None]:
-    """While the block runs, every backward pass to the anchor tells sink(layer, input, gradient of its output)."""
+    """While the block runs, every backward pass to the anchor tells sink(layer, input, gradient of its output).
+
+    What norms and activations keep for it are copies, so that a model may add to its residual stream in place.
+    """
 
     def through(name: str, module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         forward = module.forward
@@ -223,9 +226,18 @@ def tapped(
 
         return lambda x: _Tap.apply(x, anchor, forward, tell, lambda like: weight_of(module, like))
 
+    def on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: forward(*_copied(args), **_copied(kwargs))
+
+    taps = dict(linears(model))
+    others = {id(m): m for m in model.modules() if next(m.children(), None) is None} | {
+        id(m): None for m in taps.values()
+    }
     with contextlib.ExitStack() as stack:
-        for name, module in layers.items():
+        for name, module in taps.items():
             stack.enter_context(_replaced(module, through(name, module)))
+        for other in filter(None, others.values()):
+            stack.enter_context(_replaced(other, on_copies(other.forward)))
         stack.enter_context(force_eager())
         yield
 
