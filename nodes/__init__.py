@@ -16,11 +16,12 @@ from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
 from .prompts import CalibQuantLoadPromptSet, CalibQuantPromptSet
 from .quantize import CalibQuantQuantize
+from .sensitivity import CalibQuantSensitivity
 
 NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
-    *(CalibQuantErrorLora, CalibQuantLoadSplit),
+    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity),
 ]
 
 

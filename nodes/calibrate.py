@@ -92,7 +92,7 @@ class CalibQuantCalibrate(io.ComfyNode):
                     types=[ConditioningSetType, io.Conditioning],
                     tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
                 ),
-                *_sampling_inputs(),
+                *sampling_inputs(32),
                 _rows_input(),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
@@ -108,17 +108,20 @@ class CalibQuantCalibrate(io.ComfyNode):
         cls, model: Any, conditioning: list[Any], samples: int, steps: int, cfg: float, sampler_name: str,
         scheduler: str, width: int, height: int, frames: int, seed: int, rows: int, negative: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
-        if cfg != 1 and negative is None:
-            raise CalibQuantError(f"cfg {cfg:g} needs a negative prompt: link one to negative, or set cfg to 1")
+        check_negative(cfg, negative)
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
         architecture, identity = patches.identify(model)
         name = Path(identity.get("source_file", architecture.name)).stem
         recorder = Recorder(folders.new_calibration_path(f"unfinished/{name}"), patient=True)
         recorder.prepare(architecture, identity, rows)
         latent = sampling.empty_latent(model, width, height, frames)
-        jobs = [(*prompt, seed + i) for i, prompt in enumerate(_in_turn(_prompts(conditioning), samples))]
+        jobs = jobs_of(conditioning, samples, seed)
+
+        def begin(text: str, _seed: int) -> None:
+            recorder.labels = {**({"prompts": text} if text else {}), "scheduler": scheduler}
+
         try:
-            _sample_all(model, jobs, negative, latent, settings, recorder, cls.hidden.unique_id)
+            sample_all(sampling.observe(model, recorder), jobs, negative, latent, settings, begin, cls.hidden.unique_id)
         except BaseException:  # a cancel is no Exception; what finished runs gave must not be lost
             recorder.save()
             feedback.tell_kept(cls.hidden.unique_id, _kept(recorder, samples))
@@ -134,11 +137,17 @@ def _kept(recorder: Recorder, samples: int) -> str:
     return f"{recorder.runs()} of {samples} samples are in {folders.shown(recorder.path)}"
 
 
-def _sampling_inputs() -> list[Any]:
+def check_negative(cfg: float, negative: Any) -> None:
+    if cfg != 1 and negative is None:
+        raise CalibQuantError(f"cfg {cfg:g} needs a negative prompt: link one to negative, or set cfg to 1")
+
+
+def sampling_inputs(samples: int) -> list[Any]:
+    """What the nodes that sample prompts themselves are asked; samples: the default."""
     size = {"min": 16, "max": 16384, "step": 8}
     return [
         io.Int.Input(
-            "samples", default=32, min=1, max=4096, tooltip="Samples to draw; prompts take turns, seeds count up."
+            "samples", default=samples, min=1, max=4096, tooltip="Samples to draw; prompts take turns, seeds count up."
         ),
         io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Steps of each sample; 8 or 9 for turbo models."),
         io.Float.Input(
@@ -157,6 +166,14 @@ def _sampling_inputs() -> list[Any]:
     ]  # fmt: skip
 
 
+Job = tuple[str, Any, int]  # prompt text, CONDITIONING, seed
+
+
+def jobs_of(conditioning: list[Any], samples: int, seed: int) -> list[Job]:
+    """Prompts take turns, seeds count up."""
+    return [(*prompt, seed + i) for i, prompt in enumerate(_in_turn(_prompts(conditioning), samples))]
+
+
 def _prompts(conditioning: list[Any]) -> list[tuple[str, Any]]:
     """(text, CONDITIONING) of a prompt set's entries; of a single CONDITIONING no text is known."""
     if conditioning and isinstance(conditioning[0], dict):
@@ -168,14 +185,14 @@ def _in_turn(prompts: list[tuple[str, Any]], count: int) -> list[tuple[str, Any]
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def _sample_all(
-    model: Any, jobs: list[tuple[str, Any, int]], negative: Any, latent: Any, settings: SamplerSettings,
-    recorder: Recorder, node_id: str | None,
+def sample_all(
+    model: Any, jobs: list[Job], negative: Any, latent: Any, settings: SamplerSettings,
+    begin: Callable[[str, int], None], node_id: str | None,
 ) -> None:  # fmt: skip
-    observed, progress = sampling.observe(model, recorder), feedback.preview_progress(len(jobs) * settings.steps)
-    clock = _Clock(len(jobs) * settings.steps)
+    """Draw all jobs, with progress on the node. begin(text, seed) is told before each."""
+    progress, clock = feedback.preview_progress(len(jobs) * settings.steps), _Clock(len(jobs) * settings.steps)
     for i, (text, positive, seed) in enumerate(jobs):
-        recorder.labels = {**({"prompts": text} if text else {}), "scheduler": settings.scheduler}
+        begin(text, seed)
 
         def step(done: int, of: int, preview: Any, i: int = i, text: str = text) -> None:
             total = i * settings.steps + settings.steps * done // of
@@ -183,7 +200,7 @@ def _sample_all(
             clock.tell(total, lambda left: feedback.show(node_id, f"sample {i + 1} of {len(jobs)} · {left}\n{text}"))
 
         # At cfg 1 the negative prompt is not evaluated; the sampler wants one all the same.
-        sampling.draw(observed, positive, negative or positive, latent, settings, seed, step)
+        sampling.draw(model, positive, negative or positive, latent, settings, seed, step)
 
 
 class _Clock:

@@ -17,7 +17,7 @@ from ..quant_core.models.architectures import Architecture
 from .comfyui.sampling import SamplingRun
 
 SAVING_SHARE = 10  # a patient recorder works at least this many times as long as its last save took, then saves again
-_IDENTITY = ("architecture", "source_fingerprint")
+IDENTITY = ("architecture", "source_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Recorder:
         return held
 
     def _check(self, held: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        if any(held.get(name) != identity.get(name) for name in _IDENTITY):
+        if any(held.get(name) != identity.get(name) for name in IDENTITY):
             model = held.get("source_file") or f"a {held.get('architecture')} model"
             raise CalibQuantError(
                 f"{self.path}: holds the calibration of another model ({model}): give another name, or switch reset on "

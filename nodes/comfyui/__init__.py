@@ -1,4 +1,5 @@
-"""Everything that touches ComfyUI's internals: folders, feedback, cache, a MODEL's patches and branches, sampling.
+"""Everything that touches ComfyUI's internals: folders, feedback, cache, a MODEL's patches and branches, sampling,
+gradients.
 
-A change in ComfyUI should touch these six files of ours and no others.
+A change in ComfyUI should touch these files of ours and no others.
 """

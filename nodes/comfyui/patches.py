@@ -72,11 +72,12 @@ def _check_origin(model: Any, source: Source) -> None:
             f"{source.path}: the linked MODEL was loaded from another file ({trail['source_file']}): choose the same "
             "file in both nodes"
         )
-    if not trail and not source.dialect and _is_quantized(model):
+    if not trail and not source.dialect and is_quantized(model):
         raise CalibQuantError(f"{source.path}: the linked MODEL is quantized already: load it from this file")
 
 
-def _is_quantized(model: Any) -> bool:
+def is_quantized(model: Any) -> bool:
+    """Whether any tensor of the MODEL is stored in a quantized format."""
     return any(isinstance(p, comfy.quant_ops.QuantizedTensor) for p in model.model.diffusion_model.parameters())
 
 

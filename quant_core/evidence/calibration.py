@@ -6,7 +6,9 @@ One safetensors file holds it. Per layer ``L`` (named without the checkpoint's p
 ``L.output_channel_sqmean`` (float32 [out]), ``L.count`` (rows seen) and ``L.calls`` (int64). Layers that see one
 tensor share a uniform sample of its rows: ``G.rows`` (bfloat16 [<= N, in]), ``G.row_keys`` (float64) and ``G.row_runs``
 (int32, the run each row is from, a place in the header's ``runs``), where G is the group's first layer; the header says
-which layer belongs to which G.
+which layer belongs to which G. Where sensitivities were measured (``sensitivity``): ``L.sens_inputs`` (bfloat16
+[n, in]; left out where they are those of G), ``L.sens_gradients`` (bfloat16 [n, out]) and ``L.sens_sums`` (bfloat16
+[m, out]), or ``L.sens_gain`` (float64).
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from numpy.typing import NDArray
 
 from ..errors import CalibQuantError, printable
 from ..files.checkpoint import Checkpoint, TensorSpec, Writer
-from ..files.text import parse_json
+from ..files.text import counted, parse_json
+from . import sensitivity
+from .sensitivity import LayerSensitivity
 
-FORMAT_VERSION = 3  # 1 had no input_mean, 2 no row_runs
-READABLE = (2, 3)
+FORMAT_VERSION = 4  # 1 had no input_mean, 2 no row_runs, 3 no sensitivities
+READABLE = (2, 3, 4)
 METADATA_KEY = "calibquant_calibration"
+POINTS = "sensitivity_points"  # in info: which runs and sigmas sensitivities were measured at
 ROWS = 2048  # of input per group
 HELD_OUT = 5  # one run in so many is set aside
 UNKNOWN = -1  # the run of a row that a file of version 2 or an unfinished run left
@@ -87,6 +92,7 @@ class Calibration:
     layers: dict[str, LayerStats] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of layers where they were measured
 
     def rows_of(self, layer: str) -> torch.Tensor:
         """Sampled input rows of a layer, bfloat16 [n, in]."""
@@ -112,7 +118,7 @@ class Calibration:
         """As if the inputs of some layers had been ``factors``, float32 [in] by layer, times what they were.
 
         Rows are multiplied when they are asked for. Layers that shared an input and got different factors no longer
-        share it. Statistics of outputs stay what they were.
+        share it. Statistics of outputs stay what they were; sensitivities are of the model as it was, and left out.
         """
         layers, origins, names = {}, {}, dict[tuple[str, bytes], str]()
         for name, stats in self.layers.items():
@@ -168,7 +174,14 @@ def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
     info["sigmas"] = dict(Counter(a.info.get("sigmas", {})) + Counter(b.info.get("sigmas", {})))
     for name in ("cond_rows", "uncond_rows"):
         info[name] = a.info.get(name, 0) + b.info.get(name, 0)
-    return Calibration(layers, merged, info)
+    return Calibration(layers, merged, info, merge_sensitivities(a.sensitivities, b.sensitivities))
+
+
+def merge_sensitivities(
+    a: Mapping[str, LayerSensitivity], b: Mapping[str, LayerSensitivity]
+) -> dict[str, LayerSensitivity]:
+    both = {name: sensitivity.merge(a[name], b[name]) for name in a if name in b}
+    return {**a, **b, **both}
 
 
 def _merge_stats(a: LayerStats | None, b: LayerStats | None) -> LayerStats:
@@ -217,12 +230,26 @@ def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool
         tensors |= {f"{name}.rows": sample.rows, f"{name}.row_keys": torch.from_numpy(sample.keys)}
         tensors[f"{name}.row_runs"] = torch.from_numpy(sample.runs)
     groups = {name: stats.group for name, stats in calibration.layers.items()}
+    tensors |= _sensitivity_tensors(calibration.sensitivities, groups)
     info = {**calibration.info, "format_version": FORMAT_VERSION, "groups": groups}
     metadata = {METADATA_KEY: json.dumps(info, ensure_ascii=False)}
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with Writer(path, specs, metadata, overwrite) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def _sensitivity_tensors(known: Mapping[str, LayerSensitivity], groups: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, stored in known.items():
+        leader = known.get(groups[name])
+        if groups[name] == name or leader is None or not torch.equal(stored.inputs, leader.inputs):
+            tensors[f"{name}.sens_inputs"] = stored.inputs
+        if stored.gradients is None or stored.sums is None:
+            tensors[f"{name}.sens_gain"] = torch.tensor(stored.gain, dtype=torch.float64)
+        else:
+            tensors |= {f"{name}.sens_gradients": stored.gradients, f"{name}.sens_sums": stored.sums}
+    return tensors
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:
@@ -241,9 +268,11 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
             runs = len(info.get("runs", []))
             rows = {name: _load_rows(file, name, layers, runs) for name in sorted(set(groups.values()))}
+            known = _load_sensitivities(file, layers)
         except _DamageError as e:
             raise CalibQuantError(f"{problem}: {e}: {remedy}") from e
-    return Calibration(layers, {name: sample for name, sample in rows.items() if sample is not None}, info)
+    sampled = {name: sample for name, sample in rows.items() if sample is not None}
+    return Calibration(layers, sampled, info, known)
 
 
 class _DamageError(Exception):
@@ -253,7 +282,7 @@ class _DamageError(Exception):
 # What the header says beside the groups: name -> kind. All may be missing; what else is there is carried along.
 _INFO = {
     "architecture": str, "source_file": str, "source_fingerprint": str, "rows": int, "cond_rows": int,
-    "uncond_rows": int, "runs": list, "sigmas": dict,
+    "uncond_rows": int, "runs": list, "sigmas": dict, POINTS: list,
 }  # fmt: skip
 
 
@@ -269,6 +298,8 @@ def _check_info(info: Any) -> dict[str, str]:
         raise _DamageError("sigmas in its header must be counts")
     if not all(isinstance(run, str) for run in info.get("runs", [])):
         raise _DamageError("runs in its header must be names")
+    if not all(isinstance(point, str) for point in info.get(POINTS, [])):
+        raise _DamageError(f"{POINTS} in its header must be names")
     groups = info.pop("groups", None)
     if not isinstance(groups, dict) or not all(isinstance(g, str) and g in groups for g in groups.values()):
         raise _DamageError("its header does not say which layers share an input")
@@ -326,6 +357,29 @@ def _read(file: Checkpoint, key: str, dtype: str, rank: int) -> torch.Tensor:
     return tensor
 
 
+def _load_sensitivities(file: Checkpoint, layers: Mapping[str, LayerStats]) -> dict[str, LayerSensitivity]:
+    """Those of layers that have one; layers with the same inputs share one tensor."""
+    found, inputs = {}, {}
+    for name, stats in layers.items():
+        by_gradient = f"{name}.sens_gradients" in file.entries
+        if not by_gradient and f"{name}.sens_gain" not in file.entries:
+            continue
+        holder = name if f"{name}.sens_inputs" in file.entries else stats.group
+        if holder not in inputs:
+            inputs[holder] = _read(file, f"{holder}.sens_inputs", "BF16", 2)
+        rows, width, out = inputs[holder], len(stats.input_amax), len(stats.output_channel_mean)
+        if by_gradient:
+            gradients, sums = (_read(file, f"{name}.sens_{key}", "BF16", 2) for key in ("gradients", "sums"))
+            fits = gradients.shape == (len(rows), out) and len(sums) and sums.shape[1] == out
+            found[name] = LayerSensitivity(rows, gradients, sums)
+        else:
+            found[name] = LayerSensitivity(rows, gain=float(_read(file, f"{name}.sens_gain", "F64", 0)))
+            fits = found[name].gain >= 0
+        if not fits or not len(rows) or rows.shape[1] != width:
+            raise _DamageError(f"layer {name}: its sensitivity does not fit a layer of {width} inputs, {out} outputs")
+    return found
+
+
 def describe(calibration: Calibration) -> str:
     """Layers, rows, amax and outlier ratio (worst / median channel, of E[x^2] ** .5) per layer type, as a table."""
     info = calibration.info
@@ -338,6 +392,7 @@ def describe(calibration: Calibration) -> str:
         + f"{len(calibration.layers)} layers, {len(info.get('runs', []))} runs",
         f"sigmas {len(info.get('sigmas', {}))}, cond rows {info.get('cond_rows', 0)}, uncond rows "
         f"{info.get('uncond_rows', 0)}, sampled rows {sum(len(r.keys) for r in calibration.rows.values())}",
+        *_describe_sensitivities(calibration),
         head,
         "-" * len(head),
     ]
@@ -348,6 +403,15 @@ def describe(calibration: Calibration) -> str:
         rows = sum(stats.count for stats in members)
         lines.append(f"{kind:<44}{len(members):>4}{rows:>12}{amax:>11.3g}{ratio:>14.1f}{variance:>13.3g}")
     return "\n".join(lines)
+
+
+def _describe_sensitivities(calibration: Calibration) -> list[str]:
+    known = calibration.sensitivities
+    if not known:
+        return []
+    by_gradient = sum(stored.gradients is not None for stored in known.values())
+    points = counted(len(calibration.info.get(POINTS, [])), "point")
+    return [f"sensitivities of {len(known)} layers from {points} ({by_gradient} of them by gradients)"]
 
 
 def outlier_ratio(stats: LayerStats) -> float:

@@ -32,15 +32,20 @@ def watch(model: torch.nn.Module, collector: Collector, *replicas: torch.nn.Modu
     lock = threading.Lock()  # several GPUs work in threads of their own
     try:
         for each in (model, *replicas):
-            for name, module in each.named_modules():
-                if is_linear(module):
-                    hook = _feed(collector, name.replace(_COMPILED, ""), lock)
-                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        with _force_eager():
+            for name, module in linears(each):
+                handles.append(module.register_forward_hook(_feed(collector, name, lock), with_kwargs=True))
+        with force_eager():
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The model's Linears, named by their place in it, compiled or not."""
+    for name, module in model.named_modules():
+        if is_linear(module):
+            yield name.replace(_COMPILED, ""), module
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -57,7 +62,8 @@ def _feed(collector: Collector, layer: str, lock: threading.Lock) -> Callable[..
     return hook
 
 
-def _force_eager() -> contextlib.AbstractContextManager[Any]:
+def force_eager() -> contextlib.AbstractContextManager[Any]:
+    """Compiled code runs uncompiled while the block does."""
     if hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
