@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,5 +91,5 @@ def _milp(wanted: list[Vector], bounded: list[list[Vector]], limits: list[float]
     )
     if done.x is None:
         return None
-    chosen = [int(np.argmax(done.x[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    chosen = [int(np.argmax(done.x[a:b])) for a, b in pairwise(starts)]
     return Solution(chosen, float(done.mip_gap or 0.0))

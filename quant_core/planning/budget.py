@@ -206,11 +206,13 @@ class _Budget:
         """The plan of a solution, with its exact size."""
         if solution is None:
             raise CalibQuantError(
-                f"{self._source.path}: no format given runs natively enough on {self._table.made_with.gpu} for max-slow "
-                f"{self._wish.max_slow:g}: allow more, or other formats"
+                f"{self._source.path}: these formats run too little natively on {self._table.made_with.gpu} for a "
+                f"max-slow of {self._wish.max_slow:g}: allow more, or other formats"
             )
         chosen = {
-            name: options[i] for (names, options), i in zip(self._groups, solution.chosen, strict=True) for name in names
+            name: options[i]
+            for (names, options), i in zip(self._groups, solution.chosen, strict=True)
+            for name in names
         }
         return self._plan({name: self._layers[name][option].entry for name, option in chosen.items()})
 

@@ -1,4 +1,4 @@
-"""What each layer would lose in each format as the loader runs it on a card, and in how many bytes: the planner's table.
+"""What each layer would lose in each format as the loader runs it on a card, and in how many bytes.
 
 With a calibration every option is tried with the rounding that the file will have, on inputs that GPTQ was not fitted
 to; without one the probe's errors of the weights stand in. One layer is in memory at a time.
@@ -185,7 +185,9 @@ def measure(
     rounder = Rounder(device, calibration, how.rounding, source.prefix)
     planned = entries(source, how.options, calibration if how.input_scale else None)
     measured: dict[str, dict[str, Cost]] = {}
-    for i, name in enumerate(sorted(planned, key=lambda n: _group(source, calibration, n))):  # GPTQ's factors are shared
+    for i, name in enumerate(
+        sorted(planned, key=lambda n: _group(source, calibration, n))
+    ):  # GPTQ's factors are shared
         if progress:
             progress(i, len(planned), name)
         measured[name] = _measure_layer(source, name, planned[name], rounder, how.gpu, damage)

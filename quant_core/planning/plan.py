@@ -35,7 +35,9 @@ class Plan:
     size: int = 0
     calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
     gpu: str = ""  # the card that it was made for, a key of targets.GPUS; "": none in particular
-    predicted: dict[str, Any] | None = None  # what the allocation expects of it (budget.py), with its controls and curve
+    predicted: dict[str, Any] | None = (
+        None  # what the allocation expects of it (budget.py), with its controls and curve
+    )
     seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
 
     def count(self) -> dict[str, int]:

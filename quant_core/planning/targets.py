@@ -31,9 +31,9 @@ class Target:
     bits: stored per weight, with scales. capability: the least of a GPU whose kernels multiply in this format, "" for
     none. always: layers round their inputs on every device, because the loader leaves that to comfy-kitchen's layer
     ("quantize_input" is false in ``comfy/quant_ops.py``), whose functions without a kernel do the same; of all other
-    formats it rounds no input on a card below ``capability`` (``comfy/ops.py``: "emulated ops"). core: the first ComfyUI that reads it. word: what its ``comfy/quant_ops.py`` then holds. kitchen: the first
-    comfy-kitchen whose kernels do, and a module that it has. silent: an older ComfyUI loads the file without an error,
-    and draws noise.
+    formats it rounds no input on a card below ``capability`` (``comfy/ops.py``: "emulated ops"). core: the first
+    ComfyUI that reads it. word: what its ``comfy/quant_ops.py`` then holds. kitchen: the first comfy-kitchen whose
+    kernels do, and a module that it has. silent: an older ComfyUI loads the file without an error, and draws noise.
     """
 
     title: str
