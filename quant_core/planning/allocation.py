@@ -6,6 +6,7 @@ model's kind .00434, of all together .0039-.0044 (facts/activations.md §7).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,25 +41,27 @@ class Solution:
         return float(sum(value[i] for value, i in zip(values, self.chosen, strict=True)))
 
 
-def least_damage(items: Sequence[Item], max_bytes: float, max_slow: float | None = None) -> Solution | None:
+def least_damage(
+    items: Sequence[Item], max_bytes: float, max_slow: float | None = None, gap: float = GAP
+) -> Solution | None:
     """None where no choice keeps within the limits."""
-    return _solve([i.damage for i in items], [i.nbytes for i in items], max_bytes, [i.slow for i in items], max_slow)
+    limits = [([i.nbytes for i in items], max_bytes), ([i.slow for i in items], max_slow)]
+    return _solve([i.damage for i in items], limits, gap)
 
 
 def least_bytes(
     items: Sequence[Item], max_damage: float | None = None, max_slow: float | None = None
 ) -> Solution | None:
-    return _solve([i.nbytes for i in items], [i.damage for i in items], max_damage, [i.slow for i in items], max_slow)
+    limits = [([i.damage for i in items], max_damage), ([i.slow for i in items], max_slow)]
+    return _solve([i.nbytes for i in items], limits, GAP)
 
 
-def _solve(
-    wanted: list[Vector], bounded: list[Vector], limit: float | None, slow: list[Vector], max_slow: float | None
-) -> Solution | None:
-    """The least sum of ``wanted`` with sums of ``bounded`` and ``slow`` up to their limits, which hold exactly."""
-    limits = [(values, most) for values, most in ((bounded, limit), (slow, max_slow)) if most is not None]
+def _solve(wanted: list[Vector], bounded: list[tuple[list[Vector], float | None]], gap: float) -> Solution | None:
+    """The least sum of ``wanted`` with every bounded sum up to its limit (None: without one), which holds exactly."""
+    limits = [(values, most) for values, most in bounded if most is not None and most < math.inf]
     allowed = [most for _, most in limits]
     for _ in range(ROUNDS):
-        found = _milp(wanted, [values for values, _ in limits], allowed)
+        found = _milp(wanted, [values for values, _ in limits], allowed, gap)
         if found is None:
             return None
         over = [found.total(values) - most for values, most in limits]
@@ -68,7 +71,7 @@ def _solve(
     return None
 
 
-def _milp(wanted: list[Vector], bounded: list[list[Vector]], limits: list[float]) -> Solution | None:
+def _milp(wanted: list[Vector], bounded: list[list[Vector]], limits: list[float], gap: float) -> Solution | None:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -87,7 +90,7 @@ def _milp(wanted: list[Vector], bounded: list[list[Vector]], limits: list[float]
         constraints=constraints,
         integrality=np.ones(len(objective)),
         bounds=Bounds(0, 1),
-        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        options={"time_limit": SECONDS, "mip_rel_gap": gap},
     )
     if done.x is None:
         return None

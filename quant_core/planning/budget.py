@@ -40,7 +40,7 @@ from .targets import NATIVE
 
 WEIGHTINGS = ("gradient", "hswq", "score", "uniform")
 KINDS = {"size": "a file of {} bytes", "bits": "{:g} bits a weight", "max_error": "an error of {:g}"}
-POINTS = 9  # of the size-error curve
+POINTS, CURVE_GAP = 9, 0.005  # of the size-error curve, and how far above the least errors it may run
 ROUNDS = 5  # of solving again because the header turned out longer than estimated
 
 
@@ -306,7 +306,7 @@ class _Budget:
         totals = [end.total([i.nbytes for i in items]) for end in ends if end]
         curve = []
         for limit in np.geomspace(min(totals), max(totals), POINTS):
-            solution = ends[0] if limit <= min(totals) else least_damage(items, float(limit), slow)
+            solution = ends[0] if limit <= min(totals) else least_damage(items, float(limit), slow, CURVE_GAP)
             if solution:
                 error = solution.total([i.damage for i in items])
                 made = {"size": round(self._fixed + solution.total([i.nbytes for i in items])), "error": error}
