@@ -59,9 +59,9 @@ class Wish:
 
     def check(self) -> None:
         if self.kind not in KINDS or not 0 < self.amount < math.inf:
-            raise OptionError(f"{self.kind} {self.amount:g}: must be above 0")
+            raise OptionError(f"--{self.kind.replace('_', '-')} {self.amount:g}: must be above 0")
         if self.max_slow is not None and not 0 <= self.max_slow <= 1:
-            raise OptionError(f"max-slow {self.max_slow:g}: must lie between 0 and 1")
+            raise OptionError(f"--max-slow {self.max_slow:g}: must lie between 0 and 1")
 
     def __str__(self) -> str:
         return KINDS[self.kind].format(int(self.amount) if self.kind == "size" else self.amount)
@@ -207,7 +207,7 @@ class _Budget:
         if solution is None:
             raise CalibQuantError(
                 f"{self._source.path}: these formats run too little natively on {self._table.made_with.gpu} for a "
-                f"max-slow of {self._wish.max_slow:g}: allow more, or other formats"
+                f"--max-slow of {self._wish.max_slow:g}: allow more, or other formats"
             )
         chosen = {
             name: options[i]
