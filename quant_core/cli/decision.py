@@ -66,7 +66,10 @@ def add_options(c: argparse.ArgumentParser) -> None:
 
 def words_of_base(args: argparse.Namespace) -> list[str]:
     """Those of convert_to_quant's options that were given and mean nothing without --base."""
-    names = ("custom_layers", "custom_type", "exclude_layers", "preset")
+    return _given(args, "custom_layers", "custom_type", "exclude_layers", "preset")
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
@@ -77,9 +80,8 @@ def make_plan(source: Source, args: argparse.Namespace) -> Plan:
     if budget_of(args):
         plan = _plan_for_budget(source, args, calibration)
         return replace(plan, seen=None if calibration is None else lambda: calibration)
-    for_budgets = ("formats", "weighting", "tie", "max_slow", "table")
-    if lost := [name for name in for_budgets if getattr(args, name)]:
-        raise OptionError(f"--{lost[0].replace('_', '-')} goes with --size, --bits or --max-error")
+    if lost := _given(args, "formats", "weighting", "tie", "max_slow", "table"):
+        raise OptionError(f"{lost[0]} goes with --size, --bits or --max-error")
     plan = replace(_uncalibrated_plan(source, args, calibration), gpu=args.gpu or "")
     with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
         plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)

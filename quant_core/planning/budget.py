@@ -59,7 +59,7 @@ class Wish:
 
     def check(self) -> None:
         if self.kind not in KINDS or not 0 < self.amount < math.inf:
-            raise OptionError(f"--{self.kind.replace('_', '-')} {self.amount:g}: must be above 0")
+            raise OptionError(f"{self.amount:g} is no {self.kind} to keep to: must be above 0")
         if self.max_slow is not None and not 0 <= self.max_slow <= 1:
             raise OptionError(f"--max-slow {self.max_slow:g}: must lie between 0 and 1")
 
