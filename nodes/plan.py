@@ -16,6 +16,8 @@ from ..quant_core.formats import title
 from ..quant_core.models.source import Source
 from ..quant_core.planning import convert_to_quant, folding, folds, recipes, rotation, scoring, splitting, targets
 from ..quant_core.planning.plan import Plan
+from ..quant_core.reports import planned
+from . import budgets
 from .comfyui import feedback, folders, patches
 from .probe import chosen, percentile_inputs, probe_file
 from .recorder import CalibrationHandle
@@ -44,7 +46,7 @@ class CalibQuantPlan(io.ComfyNode):
                     options=[io.DynamicCombo.Option(name, inputs()) for name, inputs in _STRATEGIES.items()],
                     tooltip="How formats are chosen: a named recipe, convert_to_quant's layer patterns, or from a "
                     "probe of the weights: quant_probe's score (percentiles) or the measured error (keep_ratio); "
-                    "or HSWQ's rule from a calibration.",
+                    "HSWQ's rule from a calibration; or size, bits, max_error: the least error for so many bytes.",
                 ),
                 ProbeType.Input(
                     "probe",
@@ -127,7 +129,12 @@ class CalibQuantPlan(io.ComfyNode):
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
-            plan, warnings = _plan(source, model_name, strategy, probe, seen)
+            if strategy["strategy"] in _BUDGETS:
+                _check_same_file(probe, source)
+                words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
+                plan, warnings = budgets.make(source, *words), []
+            else:
+                plan, warnings = _plan(source, model_name, strategy, probe, seen)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _folded(source, plan, seen) if smooth == "fold" else plan
             if strategy["strategy"] == "recipe":
@@ -139,8 +146,9 @@ class CalibQuantPlan(io.ComfyNode):
             notes = [f"warning: {note}" for note in told if note]
             before, branches = source.checkpoint.nbytes(), splitting.summary(source, plan)
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
-        lines = [f"{source.architecture.title}: {counts}", f"{change_of_size(before, plan.size)}"]
-        lines += [*folds.summary(plan.folds), *branches, *notes]
+        sizes = change_of_size(before, plan.size)
+        lines = [f"{source.architecture.title}: {counts}", sizes, *folds.summary(plan.folds), *branches]
+        lines += [*notes, *planned.lines(plan)]
         return io.NodeOutput(plan, ui=ui.PreviewText("\n".join(lines)))
 
 
@@ -208,12 +216,18 @@ _FROM_PROBE: dict[str, Callable[[Source, Callable[[], Probe], dict[str, Any]], P
     "percentiles": _by_score,
     "keep_ratio": _keep_worst,
 }
+_BUDGETS: dict[str, Callable[[], list[Any]]] = {
+    "size": budgets.size_inputs,
+    "bits": budgets.bits_inputs,
+    "max_error": budgets.error_inputs,
+}
 _STRATEGIES: dict[str, Callable[[], list[Any]]] = {
     "recipe": lambda: [_recipe_input()],
     "convert_to_quant": _pattern_inputs,
     "percentiles": percentile_inputs,
     "keep_ratio": _ratio_inputs,
     "hswq": _hswq_inputs,
+    **_BUDGETS,
 }
 _HSWQ = {"V2 (scaled)": True, "V1 (plain cast)": False}
 
@@ -222,8 +236,7 @@ def _plan(
     source: Source, model_name: str, strategy: dict[str, Any], linked: Probe | None, seen: Calibration | None
 ) -> tuple[Plan, list[str]]:
     """The plan, and what the user should know of the way it was made."""
-    if linked is not None:
-        _check_same_file(linked, source)
+    _check_same_file(linked, source)
     if strategy["strategy"] == "hswq":
         if seen is None:
             raise CalibQuantError(f"{source.path}: the hswq strategy needs a calibration: link one")
@@ -252,8 +265,8 @@ def _split(source: Source, plan: Plan, seen: Calibration | None, wanted: str) ->
     return splitting.split(source, plan, seen, wanted, feedback.progress()(0))
 
 
-def _check_same_file(probed: Probe, source: Source) -> None:
-    if (probed.source, probed.bytes) != (source.name, source.checkpoint.nbytes()):
+def _check_same_file(probed: Probe | None, source: Source) -> None:
+    if probed is not None and (probed.source, probed.bytes) != (source.name, source.checkpoint.nbytes()):
         raise CalibQuantError(
             f"{source.path}: the linked probe is of another file ({probed.source}): choose the same model in both nodes"
         )

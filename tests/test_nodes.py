@@ -382,6 +382,29 @@ def test_a_pattern_that_matches_nothing_is_said_on_the_node(pack: dict[str, Any]
     assert "warning: the pattern 'bloks' (excluded layer) matches no layer" in node.ui.as_dict()["text"][0]
 
 
+@pytest.mark.parametrize("kind", ["size", "bits", "max_error"])
+def test_plans_for_a_budget(pack: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within it, with the curve on the node; another amount measures nothing anew."""
+    seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")
+    node, linked = pack["CalibQuantPlan"], SimpleNamespace(current=lambda: seen)
+    costs = importlib.import_module(f"{node.__module__.rpartition('.nodes.')[0]}.quant_core.planning.costs")
+    measured, original = [], costs.measure
+    monkeypatch.setattr(costs, "measure", lambda *words, **more: measured.append(1) or original(*words, **more))
+    words = {"strategy": kind, "gpu": "blackwell", "formats": "nvfp4,bf16", "weighting": "auto", "tie": False}
+    for amount in {"size": (0.0018, 0.002), "bits": (7.0, 8.0), "max_error": (0.003, 0.002)}[kind]:
+        done = node.execute(
+            model_name=MODEL, strategy={**words, kind: amount, "max_slow": 1.0}, calibration=linked, input_scale=True
+        )
+        plan, said = done.result[0], done.ui.as_dict()["text"][0]
+        assert "size and least error" in said and "on Blackwell: layers" in said
+        if kind == "max_error":
+            assert plan.predicted["error"] <= amount
+        else:
+            assert plan.size <= amount * 1e9 if kind == "size" else plan.predicted["bits"] <= amount
+    assert len(measured) <= 1
+    assert plan.calibration and all(entry.input_scale for entry in plan.quantized().values())
+
+
 def test_a_calibration_is_linked_once(pack: dict[str, Any]) -> None:
     """To the plan; Save Quantized Model takes it from there, GPTQ included."""
     seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")

@@ -8,22 +8,31 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import CalibQuantError, OptionError
+from ..locate import find_comfyui
 from .bar import Bar
-from .options import number, path, regex, split_amount
+from .options import above_zero, number, path, regex, split_amount
+from .quiet import stdout_of_libraries_to_stderr
 
 if TYPE_CHECKING:
     from ..evidence.calibration import Calibration
+    from ..evidence.probe import Probe
     from ..models.source import Source
+    from ..planning.costs import CostTable, MadeWith
     from ..planning.plan import Plan
 
 HSWQ = ("hswq", "hswq-v1")
 ROTATE_HELP = "INT8 layers in a rotated basis: auto, a recipe's default, where that measures better"
 FOLD_HELP = "fold: smooth inputs through the weights that make them, where that measures better; any ComfyUI"
 SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer than 0.29, which would ignore it"
+FORMATS_HELP = "default: all that ComfyUI reads, weight-only (w4a16) ones excepted"
+WEIGHTING_HELP = "what a layer's error is worth (default: gradient where the calibration has it, else uniform)"
+SLOW_HELP = "share of the multiplications that may run outside native kernels"
+BUDGETS = ("size", "bits", "max_error")
 
 
 def add_options(c: argparse.ArgumentParser) -> None:
-    from ..planning import convert_to_quant, recipes, rotation, splitting
+    from ..planning import budget as budgets
+    from ..planning import convert_to_quant, costs, recipes, rotation, splitting, targets
 
     c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
     c.add_argument("--calibration", type=path, metavar="C", help="a *.calibration.safetensors of this model")
@@ -34,6 +43,16 @@ def add_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--split", type=split_amount, metavar="RANK|SHARE%", help=splitting.HELP)
     c.add_argument("--percentiles", nargs=2, type=number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=number, metavar="R", help="share of layers, worst first, kept in 16 bit")
+    c.add_argument("--size", type=above_zero, metavar="GB", help="the least error in a file of so many GB (1e9 bytes)")
+    c.add_argument("--bits", type=above_zero, metavar="B", help="the same in so many bits a weight, scales included")
+    c.add_argument("--max-error", type=above_zero, metavar="E", help="the smallest file with this predicted error")
+    budget = c.add_argument_group("for --size, --bits and --max-error")
+    budget.add_argument("--gpu", choices=list(targets.GPUS), help="the card that will run it (default: this machine's)")
+    budget.add_argument("--formats", metavar="A,B,…", help=f"some of {','.join(costs.OPTIONS)}; {FORMATS_HELP}")
+    budget.add_argument("--weighting", choices=budgets.WEIGHTINGS, help=WEIGHTING_HELP)
+    budget.add_argument("--tie", action="store_true", help="one format for q, k and v, and for gate and up, of a block")
+    budget.add_argument("--max-slow", type=number, metavar="T", help=SLOW_HELP)
+    budget.add_argument("--table", type=path, metavar="T.json", help="keep what was measured here, and use it again")
     c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
@@ -50,7 +69,10 @@ def add_options(c: argparse.ArgumentParser) -> None:
 
 def words_of_base(args: argparse.Namespace) -> list[str]:
     """Those of convert_to_quant's options that were given and mean nothing without --base."""
-    names = ("custom_layers", "custom_type", "exclude_layers", "preset")
+    return _given(args, "custom_layers", "custom_type", "exclude_layers", "preset")
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
@@ -60,7 +82,12 @@ def make_plan(source: Source, args: argparse.Namespace) -> Plan:
     if args.smooth == "fold" and args.calibration is None:
         raise OptionError("--smooth fold needs --calibration C")
     calibration = calibration_of(source, args)
-    plan = _uncalibrated_plan(source, args, calibration)
+    if budget_of(args):
+        plan = _plan_for_budget(source, args, calibration)
+    else:
+        if lost := _given(args, "formats", "weighting", "tie", "max_slow", "table"):
+            raise OptionError(f"{lost[0]} goes with --size, --bits or --max-error")
+        plan = replace(_uncalibrated_plan(source, args, calibration), gpu=args.gpu or "")
     if calibration is not None:
         plan = plan if args.no_input_scale else recipes.calibrated(source, plan, calibration)
         plan = _folded(source, plan, calibration) if args.smooth == "fold" else plan
@@ -85,6 +112,58 @@ def _folded(source: Source, plan: Plan, calibration: Calibration) -> Plan:
 
     with Bar("fold") as bar:
         return folding.folded(source, plan, calibration, bar)
+
+
+def budget_of(args: argparse.Namespace) -> list[str]:
+    """Which of the three budgets were asked for."""
+    return [name for name in BUDGETS if getattr(args, name) is not None]
+
+
+def _plan_for_budget(source: Source, args: argparse.Namespace, calibration: Calibration | None) -> Plan:
+    from ..planning import budget, costs, targets
+
+    ways = [args.recipe, args.percentiles, args.keep_ratio is not None, args.base, args.rotate, args.pre_quant_scale]
+    if len(budget_of(args)) != 1 or any(ways):
+        raise OptionError("give one of --size, --bits, --max-error, without --recipe and other ways to decide")
+    (kind,) = budget_of(args)
+    amount = getattr(args, kind) * (1e9 if kind == "size" else 1)
+    wish = budget.Wish(kind, amount, args.tie, args.max_slow)
+    wish.check()
+    for note in source.warnings():
+        print(f"warning: {note}", file=sys.stderr)
+    gpu, rounding = args.gpu or targets.this_gpu(), getattr(args, "rounding", "auto")
+    options = costs.choose_options(args.formats, gpu, find_comfyui())
+    how = costs.made_with(source, gpu, options, rounding, not args.no_input_scale, calibration)
+    probed = _probe(args) if calibration is None or args.weighting == "score" else None
+    table = _table(source, args, how, calibration, probed)
+    with stdout_of_libraries_to_stderr():
+        return budget.plan(source, table, wish, weighting=args.weighting, calibration=calibration, probed=probed)
+
+
+def _table(
+    source: Source, args: argparse.Namespace, how: MadeWith, calibration: Calibration | None, probed: Probe | None
+) -> CostTable:
+    from ..planning import costs
+    from ..rounding.pack import pick_device
+
+    if args.table and args.table.exists():
+        return costs.load(args.table, how)
+    if calibration is None:
+        assert probed is not None
+        table = costs.guess(source, probed, how)
+    else:
+        with Bar("measure") as bar:
+            table = costs.measure(source, calibration, how, pick_device(getattr(args, "device", "auto")), progress=bar)
+    if args.table:
+        table.save(args.table)
+    return table
+
+
+def _probe(args: argparse.Namespace) -> Probe:
+    from ..evidence import probe
+
+    with Bar("probe") as bar:
+        return probe.probe(args.file, args.architecture, progress=bar)
 
 
 def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Plan:
@@ -132,7 +211,10 @@ def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Ca
         return recipes.hswq(source, calibration, ratio, scaled=args.recipe == "hswq")
     ways = [args.recipe, args.percentiles, args.keep_ratio is not None, args.base and args.keep_ratio is None]
     if sum(map(bool, ways)) != 1:
-        raise OptionError("give one of --recipe NAME, --percentiles FP8 KEEP, --keep-ratio R, --base TYPE")
+        raise OptionError(
+            "give one of --recipe NAME, --size GB, --bits B, --max-error E, --percentiles FP8 KEEP, --keep-ratio R, "
+            "--base TYPE"
+        )
     if args.percentiles or args.keep_ratio is not None:
         return _plan_from_probe(source, args)
     if args.recipe:
@@ -148,7 +230,6 @@ def _uncalibrated_plan(source: Source, args: argparse.Namespace, calibration: Ca
 
 
 def _plan_from_probe(source: Source, args: argparse.Namespace) -> Plan:
-    from ..evidence import probe
     from ..planning import convert_to_quant, recipes, scoring
 
     options = scoring.defaults(source.architecture.name)
@@ -157,8 +238,7 @@ def _plan_from_probe(source: Source, args: argparse.Namespace) -> Plan:
     else:
         options = replace(options, fp8_percentile=args.percentiles[0], keep_percentile=args.percentiles[1])
         scoring.check(source.architecture.name, options)
-    with Bar("probe") as bar:
-        probed = probe.probe(args.file, args.architecture, progress=bar)
+    probed = _probe(args)
     if args.keep_ratio is not None:
         return recipes.keep_worst(source, probed, args.keep_ratio, convert_to_quant.TYPES[args.base or "nvfp4"])
     return recipes.by_score(source, probed, options)

@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
     from ..models.source import Source
     from ..planning import plan
 
-    decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None
+    decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None or decision.budget_of(args)
     if bool(args.plan) == bool(decided):
-        raise OptionError("give --plan PLAN.json, or --recipe NAME (one of the two)")
+        raise OptionError("give --plan PLAN.json, or --recipe NAME or another way to decide (one of the two)")
     making = decision.words_of_base(args) + ["--pre-quant-scale"] * args.pre_quant_scale
     making += ["--no-input-scale"] * args.no_input_scale + ["--smooth"] * (args.smooth is not None)
     making += ["--split"] * bool(args.split)

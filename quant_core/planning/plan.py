@@ -37,6 +37,8 @@ class Plan:
     size: int = 0
     calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
     folds: dict[str, Fold] = field(default_factory=dict)  # what changes the scale of channels, by group
+    gpu: str = ""  # the card that it was made for, a key of targets.GPUS; "": none in particular
+    predicted: dict[str, Any] | None = None  # what the allocation expects (budget.py), with its controls and curve
     seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
 
     def count(self) -> dict[str, int]:
@@ -74,17 +76,20 @@ def from_json(text: str, origin: str = "plan") -> Plan:
             str(raw["source"]),
             layers,
             int(raw["size"]),
-            _summary(raw.get("calibration")),
+            _object(raw, "calibration"),
             folds.parse(raw.get("folds"), origin),
+            str(raw.get("gpu", "")),
+            _object(raw, "predicted"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CalibQuantError(f"{origin}: is no plan of this tool ({e!r}): make the plan again") from e
 
 
-def _summary(calibration: Any) -> dict[str, Any] | None:
-    if not isinstance(calibration, dict | None):
-        raise TypeError("calibration must be an object")
-    return calibration
+def _object(raw: dict[str, Any], name: str) -> dict[str, Any] | None:
+    value = raw.get(name)
+    if not isinstance(value, dict | None):
+        raise TypeError(f"{name} must be an object")
+    return value
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

@@ -226,20 +226,23 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
     Never a percentile: clipping activations costs more than the finer grid gains (facts/peers.md §3.3). FP8 layers
     that ran weight-only for want of a scale are freed to run W8A8.
     """
-    layers, calibration = dict(plan.layers), folds.seen(source, plan.folds, calibration)
-    for name, entry in plan.layers.items():
-        seen = calibration.layers.get(name.removeprefix(source.prefix))
-        amax = float(seen.input_amax.max()) if seen else 0.0
-        if not math.isfinite(amax):
-            raise CalibQuantError(
-                f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again"
-            )
-        if entry.format in ACTIVATION_MAX and amax > 0:
-            note = WEIGHT_ONLY.get(entry.format, "")
-            reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
-            scale = max(HEADROOM * amax / ACTIVATION_MAX[entry.format], LEAST_SCALE)
-            layers[name] = replace(entry, reason=reason, full_precision=False, input_scale=scale)
+    calibration = folds.seen(source, plan.folds, calibration)
+    layers = {name: with_input_scale(source, name, entry, calibration) for name, entry in plan.layers.items()}
     return sized(source, replace(plan, layers=layers, calibration=summary(calibration)))
+
+
+def with_input_scale(source: Source, name: str, entry: LayerPlan, calibration: Calibration) -> LayerPlan:
+    """One layer's entry as in ``calibrated``; weight-only where that was wanted for itself (W4A16) stays so."""
+    seen = calibration.layers.get(name.removeprefix(source.prefix))
+    amax = float(seen.input_amax.max()) if seen else 0.0
+    if not math.isfinite(amax):
+        raise CalibQuantError(f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again")
+    note = WEIGHT_ONLY.get(entry.format, "")
+    if entry.format not in ACTIVATION_MAX or amax <= 0 or (entry.full_precision and not note):
+        return entry
+    reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
+    scale = max(HEADROOM * amax / ACTIVATION_MAX[entry.format], LEAST_SCALE)
+    return replace(entry, reason=reason, full_precision=False, input_scale=scale)
 
 
 def smoothed(source: Source, plan: Plan, calibration: Calibration) -> Plan:

@@ -8,12 +8,17 @@ the file is as small, but no faster than 16 bit.
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..errors import CalibQuantError
+from ..files.text import counted
 from ..locate import find_comfyui
 from ..rounding import smoothing
+from ..rounding.layerplan import LayerPlan
 from .plan import Plan
 
 LEAST_CORE = "0.29"  # that this pack supports at all
@@ -24,9 +29,11 @@ class Target:
     """What one format, or one extra tensor, asks for.
 
     bits: stored per weight, with scales. capability: the least of a GPU whose kernels multiply in this format, "" for
-    none. core: the first ComfyUI that reads it. word: what its ``comfy/quant_ops.py`` then holds. kitchen: the first
-    comfy-kitchen whose kernels do, and a module that it has. silent: an older ComfyUI loads the file without an error,
-    and draws noise.
+    none. always: layers round their inputs on every device, because the loader leaves that to comfy-kitchen's layer
+    ("quantize_input" is false in ``comfy/quant_ops.py``), whose functions without a kernel do the same; of all other
+    formats it rounds no input on a card below ``capability`` (``comfy/ops.py``: "emulated ops"). core: the first
+    ComfyUI that reads it. word: what its ``comfy/quant_ops.py`` then holds. kitchen: the first comfy-kitchen whose
+    kernels do, and a module that it has. silent: an older ComfyUI loads the file without an error, and draws noise.
     """
 
     title: str
@@ -37,6 +44,7 @@ class Target:
     word: str = ""
     kitchen: tuple[str, str] | None = None
     silent: bool = False
+    always: bool = False
 
     def missing(self, comfyui: Path) -> bool:
         """Whether the ComfyUI in this folder cannot read it (with the comfy-kitchen installed here)."""
@@ -49,17 +57,22 @@ class Target:
         return self.core + (f" with comfy-kitchen {self.kitchen[0]}" if self.kitchen else "")
 
 
-_W4A8 = {"capability": "8.0", "cards": "RTX 30 and newer", "core": "0.31", "word": '"asym_w4a8_int8"'}
+_W4A8 = {"capability": "8.0", "cards": "RTX 30 and newer", "core": "0.31", "word": '"asym_w4a8_int8"', "always": True}
 TARGETS: dict[str, Target] = {
     "nvfp4": Target("NVFP4", 4.5, "10.0", "RTX 50"),
     "asym_w4a8_int8": Target("W4A8", 4.5, **_W4A8),
     "asym_w6a8_int8": Target("W6A8", 6.5, **_W4A8, kitchen=("0.2.38", "comfy_kitchen.tensor.w4a8_packed")),
     "mxfp8": Target("MXFP8", 8.25, "10.0", "RTX 50"),
     "float8_e4m3fn": Target("FP8", 8.0, "8.9", "RTX 40 and newer with a calibration"),
-    "int8_convrot": Target("INT8 ConvRot", 8.0, "7.5", "RTX 20 and newer"),
-    "int8_tensorwise": Target("INT8", 8.0, "7.5", "RTX 20 and newer"),
+    "int8_convrot": Target("INT8 ConvRot", 8.0, "7.5", "RTX 20 and newer", always=True),
+    "int8_tensorwise": Target("INT8", 8.0, "7.5", "RTX 20 and newer", always=True),
     "float8_e4m3fn_unscaled": Target("FP8 without scale", 8.0),
 }
+# Cards, newest first -> the least compute capability of theirs. "any": of nothing newer than the oldest is anything
+# taken for granted as to speed, and inputs count as rounded wherever some card rounds them.
+GPUS = {"blackwell": "10.0", "hopper": "9.0", "ada": "8.9", "ampere": "8.0", "turing": "7.5", "any": ""}
+ANY = "any"
+NATIVE, EMULATED, WIDE = "native", "emulated", "16-bit"
 SMOOTHED = Target(smoothing.KEY, core="0.31", word=f'"{smoothing.KEY}"', silent=True)
 
 
@@ -73,6 +86,55 @@ def needs(plan: Plan) -> list[Target]:
 def core_needed(plan: Plan) -> str:
     """The first ComfyUI that reads a file of this plan, for headers and reports: "0.31"."""
     return max([LEAST_CORE, *(target.core_needed() for target in needs(plan))])
+
+
+def this_gpu() -> str:
+    """The card of this machine; "any" without one of NVIDIA's, or with one older than all of the table."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return ANY
+    have = torch.cuda.get_device_capability()
+    return next((name for name, least in GPUS.items() if least and have >= _version(least)), ANY)
+
+
+def speed(entry: LayerPlan, gpu: str) -> str:
+    """How a layer is multiplied on this card: natively in its format, unpacked to 16 bit every time, or as it is."""
+    target = TARGETS.get(entry.format)
+    if target is None or not target.capability:
+        return WIDE
+    return NATIVE if not entry.full_precision and _has_kernels(target, gpu) else EMULATED
+
+
+def rounds_inputs(entry: LayerPlan, gpu: str) -> bool:
+    """Whether the loader rounds this layer's inputs on this card."""
+    target = TARGETS.get(entry.format)
+    if target is None or not target.capability or entry.full_precision:
+        return False
+    return target.always or gpu == ANY or _has_kernels(target, gpu)
+
+
+def _has_kernels(target: Target, gpu: str) -> bool:
+    return _version(GPUS[gpu] or min(filter(None, GPUS.values()), key=_version)) >= _version(target.capability)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+def words(plan: Plan, gpu: str) -> list[str]:
+    """What to expect of a file of this plan on this card: its speed, the core that it needs, what LoRAs do to it."""
+    quantized = plan.quantized()
+    speeds = Counter(speed(entry, gpu) for entry in plan.layers.values())
+    kinds = ", ".join(f"{speeds[kind]} {kind}" for kind in (NATIVE, EMULATED, WIDE) if speeds[kind])
+    lines = [f"on {'any card' if gpu == ANY else gpu.capitalize()}: layers {kinds}"]
+    if speeds[EMULATED]:
+        lines[0] += "; emulated ones are unpacked to 16 bit at every step: small, but no faster"
+    lines.append(f"needs ComfyUI {core_needed(plan)} or newer")
+    if quantized:
+        lines.append(
+            f"LoRAs: bake them in first; a LoRA loaded on top makes ComfyUI round what it touches of "
+            f"{counted(len(quantized), 'layer')} anew, to nearest"
+        )
+    return lines
 
 
 def describe(fmt: str) -> str:

@@ -16,18 +16,14 @@ from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
 from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, shared_scale, squared_distance, squared_norm
 from .task import Inputs, Task
+from .trial import WITH_BIAS, Trial, Tried, changes, corrected, judge, judged_outputs
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
-JUDGED_OUTPUTS = 256  # of a layer: so that GPTQ on fewer runs, which only judges it, costs little
 FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that share an input
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
 SEARCH_PAYS = ("nvfp4",)
-# Of GPTQ's error when a trial is judged by held-out runs: a trial is fitted to fewer runs than the file will be. Demo
-# model, NVFP4, true error of 4 / 8 runs: 1.56e-3 / 1.42e-3 without it, 1.52e-3 / 1.00e-3 with .5 or .25.
-TRIAL_HANDICAP = 0.5
-WITH_BIAS = "+bias"  # after a rounding's name: the bias takes up the mean error
 
 
 @dataclass(frozen=True)
@@ -56,18 +52,14 @@ class Rounded:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """What the roundings of a layer were worth, and what of them can go into the file.
+class _Choice:
+    """The best of what was tried of a layer. whole: what GPTQ needs, of all rows; packed: of the layer, where it is all
+    that was tried and holds for the file, too."""
 
-    packed: whole layers by rounding; factor: what GPTQ needs, of all rows; loader: the best one's error as loaded.
-    """
-
-    packed: dict[str, Packed]
-    factor: gptq.Factor | str
-    errors: dict[str, float]
-    best: str
-    loader: float
+    tried: Tried
+    whole: gptq.Factor | str
     note: str
+    packed: Packed | None
 
 
 # Layer, whether its held-out inputs count too -> what GPTQ needs, or why there is none
@@ -92,8 +84,7 @@ class Rounder:
 
         bias: float [out] of the layer, which may be corrected when the inputs are known.
         """
-        seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
-        task = Task(entry, weight, where, bias, self._inputs(seen) if seen else None)
+        task = self._task(layer, entry, weight, where, bias)
         if entry.rank:
             return self._split(task)
         if entry.rounding == "hswq" and self._rounding == AUTO:
@@ -106,11 +97,38 @@ class Rounder:
             return self._without_inputs(task)
         return self._best(task, self._shared_factor)
 
+    def trial(
+        self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
+    ) -> Trial:
+        """What ``round`` would cost, measured on JUDGED_OUTPUTS of the outputs: a small part of its time.
+
+        As for ``round``; entries with a rounding of their own or with ``pre_quant_scale`` cannot be tried.
+        """
+        task = self._task(layer, entry, weight, where, bias)
+        factor: gptq.Factor | str = ""
+        if task.inputs and self._rounding != "nearest":
+            few = gptq.too_few(task.inputs.rows, gptq.MIN_ROWS)
+            factor = few or self._shared_factor(task, not task.inputs.runs)
+        tried = self._try(task, factor)
+        name = self._plain_way(task) if task.inputs is None else tried.best
+        decoded = tried.decoded[name.removesuffix(WITH_BIAS)]
+        error = tried.loader if name == tried.best else tried.errors[name]
+        return Trial(name, error, lambda rows: changes(task, tried, decoded, rows.float()))
+
+    def _task(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None) -> Task:
+        seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
+        return Task(entry, weight, where, bias, self._inputs(seen) if seen else None)
+
+    def _plain_way(self, task: Task) -> str:
+        """The rounding of a layer whose inputs are not known."""
+        if self._rounding == "nearest" or (self._rounding == AUTO and task.fmt.name not in SEARCH_PAYS):
+            return "nearest"
+        return "search"
+
     def _without_inputs(self, task: Task) -> Rounded:
         note = "" if self._calibration is None or self._rounding == "search" else "no GPTQ: not in the calibration"
-        if self._rounding == AUTO and task.fmt.name not in SEARCH_PAYS:
-            return Rounded(nearest(task.weight, task.fmt, self._device, task.where), "nearest", note)
-        return Rounded(searched(task.weight, task.fmt, self._device, task.where), "search", note)
+        way = self._plain_way(task)
+        return Rounded(self._pack(task, way, ""), way, note)
 
     def _best(self, task: Task, factor_of: _FactorOf) -> Rounded:
         """Of all ways that were asked for and are possible the one with the least output error, weights only.
@@ -118,45 +136,53 @@ class Rounder:
         GPTQ is judged by what it makes of runs that it was not fitted to, if there are several. What goes into the file
         is then fitted to all of them: 6 % less error on other prompts with 45 runs, 12 % with 20 (demo model, NVFP4).
         """
-        return self._finished(task, self._trial(task, factor_of))
+        return self._finished(task, self._choose(task, factor_of))
 
-    def _trial(self, task: Task, factor_of: _FactorOf) -> _Trial:
+    def _choose(self, task: Task, factor_of: _FactorOf) -> _Choice:
         assert task.inputs is not None
         runs, whole = task.inputs.runs, factor_of(task, True)
         fitted = factor_of(task, False) if runs and not isinstance(whole, str) else whole
-        names = ["nearest"] if self._rounding == "nearest" else ["nearest", "search"]
-        names += ["gptq"] if isinstance(fitted, gptq.Factor) and not runs else []
-        packed = {name: self._rounded(task, name, fitted) for name in names}
-        part = task.part(outputs := _judged_outputs(len(task.weight)))
-        decoded = {name: task.decode(candidate)[outputs] for name, candidate in packed.items()}
-        if isinstance(fitted, gptq.Factor) and runs:
-            scale = shared_scale(task.weight, task.fmt)
-            decoded["gptq"] = part.decode(by_gptq(part.weight, task.fmt, self._device, task.where, fitted, scale))
-        errors, best, loader = _judge(part, decoded)
-        note = _note(whole if isinstance(fitted, gptq.Factor) else fitted, best, list(decoded)[-1])
-        return _Trial(packed, whole, errors, best, loader, note)
+        tried = self._try(task, fitted)
+        note = _note(whole if isinstance(fitted, gptq.Factor) else fitted, tried.best, list(tried.packed)[-1])
+        partial = len(tried.outputs) < len(task.weight) or (tried.chosen == "gptq" and runs)
+        return _Choice(tried, whole, note, None if partial else tried.packed[tried.chosen])
 
-    def _finished(self, task: Task, trial: _Trial) -> Rounded:
+    def _finished(self, task: Task, choice: _Choice) -> Rounded:
         """The whole layer by the rounding that was best on trial."""
         assert task.inputs is not None
-        chosen = trial.best.removesuffix(WITH_BIAS)
-        packed = trial.packed.get(chosen) or self._rounded(task, chosen, trial.factor)
+        inputs, tried = task.inputs, choice.tried
+        packed = choice.packed or self._pack(task, tried.chosen, choice.whole)
         bias = None
-        if task.bias is not None and trial.best != chosen:
-            bias = _corrected(task.bias, task.weight, task.decode(packed), task.inputs.stats.input_mean)
-        if not len(task.inputs.rows):  # chosen by the error of the weights
-            return Rounded(packed, trial.best, trial.note)
-        loader, runs = trial.loader, task.inputs.runs
-        return Rounded(packed, trial.best, trial.note, trial.errors, loader, bias=bias, held_out=runs)
+        if task.bias is not None and tried.best != tried.chosen:
+            bias = corrected(task.bias, task.weight, task.decode(packed), inputs.stats.input_mean)
+        if not len(inputs.rows):  # chosen by the error of the weights
+            return Rounded(packed, tried.best, choice.note)
+        return Rounded(packed, tried.best, choice.note, tried.errors, tried.loader, bias=bias, held_out=inputs.runs)
 
-    def _rounded(self, task: Task, name: str, factor: gptq.Factor | str) -> Packed:
-        how = (task.weight, task.fmt, self._device, task.where)
-        if name == "nearest":
-            return nearest(*how)
-        if name == "search":
-            return searched(*how, task.importance())
+    def _pack(self, task: Task, how: str, factor: gptq.Factor | str) -> Packed:
+        if how == "nearest":
+            return nearest(task.weight, task.fmt, self._device, task.where)
+        if how == "search":
+            importance = task.importance() if task.inputs else None
+            return searched(task.weight, task.fmt, self._device, task.where, importance)
         assert isinstance(factor, gptq.Factor)
-        return by_gptq(*how, factor)
+        return by_gptq(task.weight, task.fmt, self._device, task.where, factor)
+
+    def _try(self, task: Task, factor: gptq.Factor | str) -> Tried:
+        """Every way that is asked for and possible, on JUDGED_OUTPUTS of the outputs: to the bit what the whole has."""
+        fmt, outputs = task.fmt, judged_outputs(len(task.weight))
+        part = task.part(outputs)
+        how = part.weight, fmt, self._device, task.where
+        own = shared_scale(task.weight, fmt, self._device, task.where)
+        packed = {"nearest": nearest(*how, own)}
+        if self._rounding != "nearest":
+            importance = task.importance() if task.inputs else None
+            scale = own if fmt.group else shared_scale(task.weight, fmt, self._device, task.where, importance)
+            packed["search"] = searched(*how, importance, scale)
+        if isinstance(factor, gptq.Factor):
+            packed["gptq"] = by_gptq(*how, factor, own)
+        decoded = {name: part.decode(candidate) for name, candidate in packed.items()}
+        return Tried(part, outputs, packed, decoded, *judge(part, decoded))
 
     def _split(self, task: Task) -> Rounded:
         """With a branch of the planned rank, or none where that is no better as the loader runs the layer.
@@ -166,17 +192,17 @@ class Rounder:
         if task.inputs is None or not len(task.inputs.rows):
             raise CalibQuantError(f"{task.where}: a branch needs a calibration with rows of this layer: give one")
         refuse_damaged(task.weight, task.where)
-        plain = self._trial(task, self._shared_factor)
+        plain = self._choose(task, self._shared_factor)
         branch = self._branch(task, task.inputs.fitted)
-        trial = self._trial(task.without(branch), self._shared_factor)
-        if not trial.loader < plain.loader:
+        rest = self._choose(task.without(branch), self._shared_factor)
+        if not rest.tried.loader < plain.tried.loader:
             nothing = split.none(tuple(task.weight.shape), task.entry.rank)
             return replace(self._finished(task, plain), note="the branch was no better than none", branch=nothing)
         if task.inputs.runs:
-            branch, trial = self._branch(task, task.inputs.rows), replace(trial, packed={})
-        done = self._finished(task.without(branch), trial)
+            branch, rest = self._branch(task, task.inputs.rows), replace(rest, packed=None)
+        done = self._finished(task.without(branch), rest)
         packed = replace(done.packed, energy=squared_norm(task.weight.float()))
-        return replace(done, packed=packed, branch=branch, unsplit_error=plain.loader)
+        return replace(done, packed=packed, branch=branch, unsplit_error=plain.tried.loader)
 
     def _branch(self, task: Task, rows: torch.Tensor) -> split.Branch:
         rows = rows.float()
@@ -266,39 +292,6 @@ def _note(factor: gptq.Factor | str, best: str, last: str) -> str:
     if best.removesuffix(WITH_BIAS) != last:
         return f"{last} was no better than {best}"
     return factor.note if isinstance(factor, gptq.Factor) else ""
-
-
-def _judged_outputs(count: int) -> torch.Tensor:
-    """Which outputs of a layer are judged, int64: from all over, because those of q, k and v come one after another."""
-    return torch.linspace(0, count - 1, min(count, JUDGED_OUTPUTS), dtype=torch.float64).long()
-
-
-def _judge(task: Task, decoded: dict[str, torch.Tensor]) -> tuple[dict[str, float], str, float]:
-    """Output errors of roundings (name -> weight [out, in]) and, where it helps, of each with a corrected bias.
-
-    Then the name of the best, of equals the more elaborate, and its error as the loader runs it.
-    """
-    assert task.inputs is not None
-    judge = Judge(task.weight, task.inputs.judged, whole=task.whole)
-    errors: dict[str, float] = {}
-    shifts: dict[str, torch.Tensor] = {}
-    for name, weight in decoded.items():
-        errors[name] = judge.error(weight)
-        if task.bias is not None and name != "nearest" and judge.measures_outputs:
-            bias = _corrected(task.bias, task.weight, weight, task.inputs.fitted_mean)
-            shifts[name + WITH_BIAS] = shift = bias.float() - task.bias.float()
-            errors[name + WITH_BIAS] = judge.error(weight, shift)
-    handicap = {name: TRIAL_HANDICAP if task.inputs.runs and name.startswith("gptq") else 1.0 for name in errors}
-    best = min(reversed(errors), key=lambda name: errors[name] * handicap[name])
-    fed = as_loaded(task.fmt, judge.rows, task.entry)
-    return errors, best, judge.error(decoded[best.removesuffix(WITH_BIAS)], shifts.get(best), fed)
-
-
-def _corrected(
-    bias: torch.Tensor, weight: torch.Tensor, decoded: torch.Tensor, input_mean: torch.Tensor
-) -> torch.Tensor:
-    """The bias, in its own dtype, that takes up the mean error E[x] (W - Q)^T of the outputs."""
-    return (bias.float() + (weight.float().cpu() - decoded) @ input_mean).to(bias.dtype)
 
 
 def _stretched(task: Task, scale: torch.Tensor) -> Task:

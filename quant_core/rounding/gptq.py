@@ -57,9 +57,8 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MI
     mean: E[x], float32 [in], for a layer whose bias will take up the mean error: H is then the covariance.
     least: the distinct rows that it takes.
     """
-    distinct = len({row.numpy().tobytes() for row in rows.cpu().view(torch.uint8)})
-    if distinct < least:
-        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {least}): calibrate on more"
+    if few := too_few(rows, least):
+        return few
     x = rows.float() if mean is None else rows.float() - mean
     x = x * to_unit(x)  # their squares might overflow; for GPTQ the scale of H does not matter
     order = loud_first(x.square().mean(0))
@@ -68,7 +67,7 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MI
     average = hessian.diagonal().mean()
     if not torch.isfinite(average) or average <= 0:
         return "the sampled inputs are constant or not finite"
-    share, added = damping(distinct, x.shape[1]), 0
+    share, added = damping(_distinct(rows), x.shape[1]), 0
     for times in RETRIES:
         hessian.diagonal().add_((times - added) * share * average)
         # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
@@ -82,6 +81,20 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MI
     upper = torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True)
     note = f"GPTQ took {added} times the damping ({added * share:.2g} of the mean diagonal)" if added > 1 else ""
     return Factor(hessian, upper, order, note)
+
+
+def too_few(rows: torch.Tensor, least: int) -> str:
+    """Why these input rows [n, in] are too few for GPTQ; "" where they are not."""
+    if not len(rows):
+        return "no input rows were sampled"
+    distinct = _distinct(rows)
+    if distinct < least:
+        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {least}): calibrate on more"
+    return ""
+
+
+def _distinct(rows: torch.Tensor) -> int:
+    return len({row.numpy().tobytes() for row in rows.cpu().view(torch.uint8)})
 
 
 def to_unit(x: torch.Tensor) -> float:

@@ -69,11 +69,17 @@ def nearest(
 
 
 def searched(
-    weight: torch.Tensor, fmt: Format, device: torch.device, where: str, importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    fmt: Format,
+    device: torch.device,
+    where: str,
+    importance: torch.Tensor | None = None,
+    tensor: torch.Tensor | None = None,
 ) -> Packed:
     """Scales chosen by the least sum of importance * (q - w)**2 instead of by the largest weight.
 
     weight: [out, in]; importance: float32 [in], E[x^2] in the format's own basis, or None for the plain squared error.
+    tensor: ``Frame.tensor`` of the whole that ``weight`` is a part of.
     """
     per_column = (torch.ones(weight.shape[1]) if importance is None else importance).to(device)
 
@@ -87,16 +93,23 @@ def searched(
     with workers(device) as each:
         flat, rows = own_basis(weight.to(device), fmt, each), _chunk_rows(weight, fmt)
         amax, energy = _scan(weight, flat, rows, where, each)
-        tensor = _tensor_scale(flat, fmt, amax, per_column, rows, each)
+        tensor = _tensor_scale(flat, fmt, amax, per_column, rows, each) if tensor is None else tensor.to(device)
         parts, errors = zip(*each(search, flat.split(max(1, SEARCHED // flat.shape[1]))), strict=True)
         return _packed(fmt, join(parts), sum(errors), energy)
 
 
-def shared_scale(weight: torch.Tensor, fmt: Format) -> torch.Tensor | None:
-    """``Frame.tensor`` of a whole weight [out, in], for those who round a part of it."""
-    with workers(weight.device) as each:
-        flat = own_basis(weight, fmt, each)
-        return fmt.tensor(flat, flat.abs().amax().float())
+def shared_scale(
+    weight: torch.Tensor, fmt: Format, device: torch.device, where: str, importance: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """``Frame.tensor`` of a whole weight [out, in], for those who round a part of it: by the nearest rule, or, given
+    the importance of columns, the searched one.
+    """
+    with workers(device) as each:
+        flat, rows = own_basis(weight.to(device), fmt, each), _chunk_rows(weight, fmt)
+        amax, _ = _scan(weight, flat, rows, where, each)
+        if importance is None:
+            return fmt.tensor(flat, amax)
+        return _tensor_scale(flat, fmt, amax, importance.to(device), rows, each)
 
 
 def own_basis(weight: torch.Tensor, fmt: Format, each: Each) -> torch.Tensor:
