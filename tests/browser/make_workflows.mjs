@@ -57,9 +57,14 @@ function row(key, y) {
 const QUANTIZE_LINKS = [
   ["plan", 0, "save", "plan"],
   ["save", 0, "small.unet", "unet_name"],
-  ...["small", "large"].flatMap((key) => [
+  ...pictured("small", "small.unet"), ...pictured("large", "large.unet"),
+];
+
+/** Links of a row whose MODEL comes from the node `model`. */
+function pictured(key, model) {
+  return [
     ["seed", 0, `${key}.sampler`, "seed"],
-    [`${key}.unet`, 0, `${key}.sampler`, "model"],
+    [model, 0, `${key}.sampler`, "model"],
     ["prompts", 1, `${key}.sampler`, "positive"],
     ["prompts", 1, `${key}.sampler`, "negative"], // unused: cfg is 1
     ["latent", 0, `${key}.sampler`, "latent_image"],
@@ -67,8 +72,8 @@ const QUANTIZE_LINKS = [
     ["vae", 0, `${key}.decode`, "vae"],
     [`${key}.decode`, 0, `${key}.scale`, "image"],
     [`${key}.scale`, 0, `${key}.picture`, "images"],
-  ]),
-];
+  ];
+}
 
 // Title, colour, [x, y, width, height].
 const QUANTIZE_GROUPS = [
@@ -140,10 +145,55 @@ const MONITOR_LINKS = [
   ["scale", 0, "picture", "images"],
 ];
 
+const SPLIT_NOTE = `# Below the floor of 4-bit inputs: a split
+
+Cards that run NVFP4 (RTX 50) round a layer's *inputs* to 4 bits, too; with good weights that is most of what is lost.
+**Quantization Plan** with a \`split\` sets a small 16-bit branch beside each layer, which takes it up. It needs a calibration.
+
+**Save Quantized Model** then saves two files that belong together; the main one alone draws noise. Two ways to load them:
+
+1. **Load Split Model** finds the LoRA by itself; bypass LoRAs of yours may follow.
+2. The stock way: **Load Diffusion Model**, then **Load LoRA (Bypass, Model Only)** at strength 1. No other bypass LoRA may
+follow (it would replace the branch), and never take an ordinary LoRA loader for it.
+
+All rows use the same seed.`;
+
+const SPLIT_NODES = [
+  ["note", "MarkdownNote", [40, 0], [400, 500], { text: SPLIT_NOTE }],
+  ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: "digits.calibration.safetensors" }],
+  ["plan", "CalibQuantPlan", [920, 80], [360, 400],
+    { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4", split: "16" }],
+  ["save", "CalibQuantQuantize", [1340, 80], [560, 400],
+    { model_name: MODEL, filename_prefix: "calibquant/digits", verify: true }],
+  ...QUANTIZE_NODES.filter(([key]) => ["prompts", "latent", "vae", "seed"].includes(key)),
+  ...row("both", 620).filter(([key]) => key !== "both.unet"),
+  ["both.unet", "CalibQuantLoadSplit", [500, 620], [360, 90], {}],
+  ...row("stock", 1010),
+  ["stock.lora", "LoraLoaderBypassModelOnly", [500, 1150], [360, 110], { strength_model: 1 }],
+  ...row("large", 1400),
+];
+const SPLIT_LINKS = [
+  ["calibration", 0, "plan", "calibration"],
+  ["plan", 0, "save", "plan"],
+  ["save", 0, "both.unet", "model_name"],
+  ["save", 0, "stock.unet", "unet_name"],
+  ["stock.unet", 0, "stock.lora", "model"],
+  ["save", 2, "stock.lora", "lora_name"],
+  ...pictured("both", "both.unet"), ...pictured("stock", "stock.lora"), ...pictured("large", "large.unet"),
+];
+const SPLIT_GROUPS = [
+  ["Quantize with a split", "#3f789e", [480, 0, 1440, 500]],
+  ["Prompt, size, seed: the same for all", "#b58b2a", [20, 540, 440, 760]],
+  ["Both files, by Load Split Model", "#88A", [480, 540, 1440, 390]],
+  ["Both files, by two stock nodes", "#88A", [480, 940, 1440, 380]],
+  ["The 16-bit model", "#8A8", [480, 1330, 1440, 390]],
+];
+
 const EXAMPLES = [
   { name: "quantize_demo_model", nodes: QUANTIZE_NODES, links: QUANTIZE_LINKS, groups: QUANTIZE_GROUPS, thumbnail: contactSheet },
   { name: "calibrate_with_prompts", nodes: CALIBRATE_NODES, links: CALIBRATE_LINKS, groups: [], thumbnail: graphPicture },
   { name: "monitor_my_own_graph", nodes: MONITOR_NODES, links: MONITOR_LINKS, groups: [], thumbnail: graphPicture },
+  { name: "split_demo_model", nodes: SPLIT_NODES, links: SPLIT_LINKS, groups: SPLIT_GROUPS, thumbnail: graphPicture },
 ];
 
 function build({ nodes, links, groups }) {
@@ -213,13 +263,13 @@ async function contactSheet(page, url, output) {
 /** The graph after a run, above what its Save node says. */
 async function graphPicture(page, url, output) {
   const { outputs } = await queueAndWait(page, url);
-  const text = Object.values(outputs).flatMap((o) => o.text ?? []).find((t) => t.includes(".calibration.safetensors\n"));
+  const text = Object.values(outputs).flatMap((o) => o.text ?? []).find((t) => t.includes(".safetensors\n"));
   await page.keyboard.press("Escape"); // the template browser may have opened late
   await fit(page);
   const graph = (await page.screenshot({ clip: { x: 60, y: 60, width: 1840, height: 1000 } })).toString("base64");
   const sheet = await page.context().browser().newPage();
   await sheet.setViewportSize({ width: 400, height: 400 }); // template cards are square
-  const lines = text.split("\n").slice(1).map((line) => `<p>${line}</p>`).join("");
+  const lines = text.split("\n").slice(1, 5).map((line) => `<p>${line}</p>`).join("");
   await sheet.setContent(`<style>body{margin:0;background:#1d1f24;color:#ddd;font:600 15px/21px sans-serif}p{margin:8px 16px}
     img{width:400px;height:217px;margin:12px 0}</style><img src="data:image/png;base64,${graph}">${lines}`);
   await sheet.screenshot({ path: output, type: "jpeg", quality: 80 });
