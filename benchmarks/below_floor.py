@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality import MODEL, ROWS, calibrate_demo, distance, sample
+from quality import MODEL, ROWS, WORKFLOW, calibrate_demo, distance, sample
 from safetensors.torch import save_file
 from synthetic import weight as heavy_tailed
 from timing import ROOT, measure
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from comfy_env import start_server  # noqa: E402
 from models import correlated  # noqa: E402
 
 from quant_core.cli.main import main as calibquant  # noqa: E402
@@ -47,6 +49,7 @@ from quant_core.rounding import split  # noqa: E402
 from quant_core.rounding.judge import Judge  # noqa: E402
 
 RANKS = (4, 16, 32)
+SAMPLING = ("steps", "cfg", "sampler_name", "scheduler", "width", "height", "frames")
 WIDTH, HIDDEN = 1024, 2816
 BLOCK = {  # of a Z-Image; its norms are what a fold is put into
     "attention.qkv": (3 * WIDTH, WIDTH),
@@ -102,7 +105,7 @@ def run(*words: object) -> None:
 
 def demo_table(out: Path, seeds: int) -> str:
     seen, held_out = calibrate_demo(out)
-    stem = out / "below"
+    stem, informed = out / "below", with_sensitivities(seen, out / "below")
     files = {"GPTQ alone": quantize(MODEL, seen, stem / "gptq", [])}
     files["fold"] = quantize(MODEL, seen, stem / "fold", ["--smooth", "fold"])
     for rank in RANKS:
@@ -110,8 +113,9 @@ def demo_table(out: Path, seeds: int) -> str:
         files[f"split {rank}"] = ours = quantize(MODEL, seen, stem / f"split-{rank}", options)
         files[f"split {rank}, plain SVD"] = with_plain_svd(MODEL, seen, stem / f"svd-{rank}", options)
         files[f"fold, split {rank}"] = quantize(MODEL, seen, stem / f"fold-{rank}", ["--smooth", "fold", *options])
-        size = ["--size", f"{bytes_of(ours) / 1e9:.9f}", "--formats", "nvfp4,mxfp8"]
-        files[f"MXFP8 layers for the bytes of split {rank}"] = quantize(MODEL, seen, stem / f"mxfp8-{rank}", size, "")
+        size = ["--size", f"{bytes_of(ours) / 1e9:.9f}", "--formats", "nvfp4,mxfp8,bf16", "--gpu", "blackwell"]
+        planned = stem / f"mxfp8-{rank}"
+        files[f"MXFP8 layers for the bytes of split {rank}"] = quantize(MODEL, informed, planned, size, "")
     errors = {name: layer_error(MODEL, path, held_out) for name, path in files.items()}
     cores = {"0.29": False, "0.33": True} if find_newer_comfyui() else {"0.29": False}
     drawn = {core: drawn_by(newer, [MODEL, *files.values()], out, seeds) for core, newer in cores.items()}
@@ -128,6 +132,27 @@ def demo_table(out: Path, seeds: int) -> str:
             cells.append(times(distance(latents[i + 1], latents[0]), distance(latents[1], latents[0])))
         lines.append(f"| {name} | {bytes_of(path)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def with_sensitivities(seen: Path, out: Path) -> Path:
+    """The calibration with what Measure Sensitivity adds, on the very prompts drawn: a control that knows more."""
+    path = out / "sensitivities.calibration.safetensors"
+    if path.exists():
+        return path
+    graph = json.loads(WORKFLOW.read_text("utf-8"))
+    sampling = {key: graph["4"]["inputs"][key] for key in SAMPLING}
+    linked = {"model": ["2", 0], "conditioning": ["3", 0], "calibration": ["4", 0]}
+    how = {"samples": 10, "seed": 5000, "estimator": "gradient", "points": 6, "probes": 2, "rows": 512, "seconds": 600}
+    graph["4"] = {"class_type": "CalibQuantLoadCalibration", "inputs": {"calibration_name": seen.name}}
+    graph["6"] = {"class_type": "CalibQuantSensitivity", "inputs": sampling | linked | how}
+    graph["5"]["inputs"] |= {"calibration": ["6", 0], "filename_prefix": "measured"}
+    with tempfile.TemporaryDirectory() as folder, start_server(Path(folder)) as server:
+        (server.output_dir / "calibrations").mkdir(parents=True, exist_ok=True)
+        shutil.copy(seen, server.output_dir / "calibrations")
+        server.post(graph)
+        (saved,) = (server.output_dir / "calibrations").glob("measured*.safetensors")
+        shutil.copy(saved, path)
+    return path
 
 
 def drawn_by(newer: bool, files: list[Path], out: Path, seeds: int) -> list[np.ndarray]:

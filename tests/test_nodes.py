@@ -187,7 +187,7 @@ def test_baked_lora_equals_a_lora_merged_by_hand(
     layers = [*LORA_LAYERS, kept]
     deltas = make_lora(comfy / "models" / "loras" / "test.safetensors", layers)
     patched = load_with_lora(MODEL, "test.safetensors")
-    name, _ = execute(
+    name, *_ = execute(
         pack["CalibQuantQuantize"],
         model_name=MODEL,
         plan=plan,
@@ -225,7 +225,7 @@ def test_a_lora_is_baked_in_before_folding(pack: dict[str, Any], comfy: Path) ->
         change = folds.merge(source, plan.folds)
     layers = [name for name in plan.quantized() if f"{name}.weight" in change][:3]
     deltas = make_lora(comfy / "models" / "loras" / "fold.safetensors", layers)
-    name, report = execute(
+    name, report, _ = execute(
         pack["CalibQuantQuantize"],
         model_name=MODEL,
         plan=plan,
@@ -250,7 +250,7 @@ def test_lora_changes_the_provenance(pack: dict[str, Any], comfy: Path) -> None:
     for seed in (1, 2):
         make_lora(comfy / "models" / "loras" / f"{seed}.safetensors", LORA_LAYERS, seed)
         for model in (None, load_with_lora(MODEL, f"{seed}.safetensors")):
-            name, _ = execute(
+            name, *_ = execute(
                 pack["CalibQuantQuantize"],
                 model_name=MODEL,
                 plan=plan,
@@ -412,7 +412,7 @@ def test_a_calibration_is_linked_once(pack: dict[str, Any]) -> None:
     linked = SimpleNamespace(current=lambda: seen)
     (plan,) = execute(pack["CalibQuantPlan"], model_name=MODEL, strategy=strategy, calibration=linked)
     words = {"model_name": MODEL, "filename_prefix": "test/once", "verify": False, "rounding": "gptq"}
-    _, report = execute(pack["CalibQuantQuantize"], plan=plan, **words)
+    _, report, _ = execute(pack["CalibQuantQuantize"], plan=plan, **words)
     assert {"gptq+bias"} <= {layer.rounding for layer in report.layers} and report.runs == 20
 
 
