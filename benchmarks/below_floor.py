@@ -18,6 +18,7 @@ Needs ComfyUI (`bootstrap.py test` brings everything else). Files that --out hol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -96,7 +97,9 @@ def quantize(model: Path, seen: Path, stem: Path, options: list[str], recipe: st
 def run(*words: object) -> None:
     """A command of ours in this process, so that a part of it can be another's; its words go to stderr."""
     print("calibquant", *words, file=sys.stderr, flush=True)
-    if code := calibquant([str(word) for word in words]):
+    with contextlib.redirect_stdout(sys.stderr):
+        code = calibquant([str(word) for word in words])
+    if code:
         sys.exit(code)
 
 
