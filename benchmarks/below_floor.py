@@ -64,9 +64,11 @@ LOUD = {  # heading -> spread over the width, the weights' columns there a quart
     "spread": (True, False),
     "spread, small columns": (True, True),
 }
-WAYS = {  # of the block
+CONTROL: list[str] = ["--weighting", "uniform"]
+WAYS = {  # of the block; the control takes the bytes of the split before it
     "GPTQ alone": [],
     "split 6 %": ["--split", "6%"],
+    "MXFP8 layers for the bytes of the split": CONTROL,
     "fold": ["--smooth", "fold"],
     "fold and split 6 %": ["--smooth", "fold", "--split", "6%"],
 }
@@ -83,6 +85,12 @@ def main() -> None:
         print(block_table(out / "below"), flush=True)
         print(demo_table(out, options.seeds), flush=True)
         print(wide_table(out / "below"), flush=True)
+
+
+def mixed(split_file: Path) -> list[str]:
+    """Options for the best mix of NVFP4 and MXFP8 (and 16 bit) in as many bytes as a split has."""
+    size = f"{bytes_of(split_file) / 1e9:.9f}"
+    return ["--size", size, "--formats", "nvfp4,mxfp8,bf16", "--gpu", "blackwell"]
 
 
 def quantize(model: Path, seen: Path, stem: Path, options: list[str], recipe: str = "nvfp4") -> Path:
@@ -116,9 +124,8 @@ def demo_table(out: Path, seeds: int) -> str:
         files[f"split {rank}"] = ours = quantize(MODEL, seen, stem / f"split-{rank}", options)
         files[f"split {rank}, plain SVD"] = with_plain_svd(MODEL, seen, stem / f"svd-{rank}", options)
         files[f"fold, split {rank}"] = quantize(MODEL, seen, stem / f"fold-{rank}", ["--smooth", "fold", *options])
-        size = ["--size", f"{bytes_of(ours) / 1e9:.9f}", "--formats", "nvfp4,mxfp8,bf16", "--gpu", "blackwell"]
         planned = stem / f"mxfp8-{rank}"
-        files[f"MXFP8 layers for the bytes of split {rank}"] = quantize(MODEL, informed, planned, size, "")
+        files[f"MXFP8 layers for the bytes of split {rank}"] = quantize(MODEL, informed, planned, mixed(ours), "")
     errors = {name: layer_error(MODEL, path, held_out) for name, path in files.items()}
     cores = {"0.29": False, "0.33": True} if find_newer_comfyui() else {"0.29": False}
     drawn = {core: drawn_by(newer, [MODEL, *files.values()], out, seeds) for core, newer in cores.items()}
@@ -218,9 +225,12 @@ def block_table(out: Path) -> str:
     sizes = {}
     for number, (spread, small) in enumerate(LOUD.values()):
         model, seen, held_out = make_block(out / f"block{number}", spread, small)
-        floors = floor(model, held_out)
+        floors, split_file = floor(model, held_out), model
         for i, (name, how) in enumerate(WAYS.items()):
-            path = quantize(model, seen, out / f"block{number}" / f"way{i}", how)
+            if how == CONTROL:
+                how = [*mixed(split_file), *how]
+            path = quantize(model, seen, out / f"block{number}" / f"way{i}", how, "" if "--size" in how else "nvfp4")
+            split_file = path if "--split" in how else split_file
             errors, sizes[name] = layer_errors(model, path, held_out), bytes_of(path)
             ratios = [errors[f"layers.0.{layer}"] / base for layer, base in floors.items()]
             cells[name].append(f"{np.mean(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
