@@ -42,7 +42,9 @@ class CalibQuantLoadSplit(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, model_name: str | None, **_: object) -> str:
+        if model_name is None:
+            return folders.fingerprint(None)
         with contextlib.suppress(CalibQuantError, OSError):
             loras = _loras_of(folders.model_path(model_name))[0]
             return str([folders.fingerprint(model_name), *((lora.stat().st_mtime_ns, str(lora)) for lora in loras)])
@@ -115,7 +117,7 @@ class CalibQuantErrorLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, quantized_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, model_name: str | None, quantized_name: str | None, **_: object) -> str:
         stamps = folders.fingerprint(model_name), folders.fingerprint(quantized_name)
         return f"{stamps} {written.times_lost(cls.hidden.unique_id)}"
 

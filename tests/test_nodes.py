@@ -697,6 +697,17 @@ def test_the_workflow_saves_a_split_and_loads_it_both_ways(server: Server) -> No
     assert "wrong without its LoRA" in again[save]["text"][0]
 
 
+def test_linked_names_are_cached_and_an_error_lora_is_made_of_what_was_saved(server: Server) -> None:
+    graph = quantize_graph(prefix="linked/m")
+    words = {"model_name": MODEL, "quantized_name": ["2", 0], "rank": 2, "filename_prefix": "linked/error"}
+    graph["3"] = {"class_type": "CalibQuantErrorLora", "inputs": words}
+    (text,) = server.post(graph)["outputs"]["3"]["text"]
+    assert "bypass" in text
+    folder = server.output_dir / "loras" / "linked"
+    server.post(graph)
+    assert len(list(folder.glob("error*.safetensors"))) == 1  # the second time nothing had changed
+
+
 def _picture_of(graph: Graph, loader: str) -> str:
     """The PreviewImage of the row whose sampler this kind of loader feeds."""
 

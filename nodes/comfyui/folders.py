@@ -82,9 +82,9 @@ def model_path(name: str) -> Path:
     return Path(found)
 
 
-def fingerprint(name: str) -> str:
-    """Changes when the file behind the name of a model does."""
-    return _stamp(model_path, name)
+def fingerprint(name: str | None) -> str:
+    """Changes when the file behind the name of a model does; None: a linked name, which is known when the node runs."""
+    return _stamp(model_path, name) if name is not None else "linked"
 
 
 def calibration_fingerprint(name: str) -> str:
