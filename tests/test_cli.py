@@ -70,6 +70,7 @@ def test_a_folded_file_needs_a_calibration_once(
     made = json.loads(call(capsys, *again, "--verify", "--json")[0])
     assert made["folds"].keys() == json.loads(plan.read_text())["folds"].keys()
     assert all(fold.keys() == {"a", "b", "before", "after"} for fold in made["folds"].values())
+    assert "modules folded: LoRAs made for the original" in call(capsys, "inspect", output)[0]
     compared = json.loads(call(capsys, "compare", DEMO, output, "--calibration", CALIBRATION, "--json")[0])
     found = {layer["name"]: layer["error"] for layer in compared["layers"]}
     assert found == pytest.approx({layer["name"]: layer["error"] for layer in made["layers"]}, rel=1e-3)

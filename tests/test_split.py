@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from quant_core import jobs
+from quant_core.cli import decision
 from quant_core.cli.main import main
 from quant_core.errors import CalibQuantError, OptionError
 from quant_core.evidence import calibration
@@ -355,7 +356,9 @@ def test_a_run_that_dies_between_two_names_leaves_no_main_file(
 # --- the command line
 
 
-def test_the_command_line_plans_and_makes_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_plans_and_makes_a_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = ["--recipe", "nvfp4", "--calibration", str(CALIBRATION)]
     plan = tmp_path / "p.json"
     assert main(["plan", str(DEMO), *recipe, "--split", "2%", "-o", str(plan)]) == 0
@@ -369,6 +372,11 @@ def test_the_command_line_plans_and_makes_a_split(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit) as wrong:
         main([*quantizing, *recipe, "--split", "none"])
     assert wrong.value.code == 2
+    other = [str(tmp_path / "hidden.safetensors") if word.endswith(MAIN) else word for word in quantizing]
+    monkeypatch.setattr(decision, "make_plan", lambda *_: pytest.fail("planned before the name was looked at"))
+    capsys.readouterr()
+    assert main([*other, *recipe, "--split", "4"]) == 1
+    assert "by a name that ends in .split.safetensors" in capsys.readouterr().err
 
 
 # --- ComfyUI

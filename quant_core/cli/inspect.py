@@ -42,4 +42,9 @@ def _made_by(provenance: dict[str, Any]) -> str:
     """What a header claims, whatever it claims."""
     tool, recipe, source = (provenance.get(name) for name in ("tool", "recipe", "source"))
     source = source if isinstance(source, dict) else {}
-    return f"made by {tool}, recipe {recipe}, from {source.get('file')} (sha256 {source.get('sha256')})"
+    made = f"made by {tool}, recipe {recipe}, from {source.get('file')} (sha256 {source.get('sha256')})"
+    folded = provenance.get("folded")
+    layers = folded.get("layers") if isinstance(folded, dict) else None
+    return made + (
+        f"; {len(layers)} modules folded: {folded.get('note')}" if isinstance(layers, list) and layers else ""
+    )

@@ -37,6 +37,7 @@ def options(c: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from .. import jobs
     from ..models.source import Source
+    from ..models.splitfile import branch_path
     from ..planning import plan
 
     decided = args.recipe or args.base or args.percentiles or args.keep_ratio is not None or decision.budget_of(args)
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
     making += ["--split"] * bool(args.split)
     if args.plan and making:
         raise OptionError(f"{making[0]} is for making a plan: give it to `calibquant plan`")
+    if args.split:
+        branch_path(args.output)  # says what is wrong with the name before the plan takes its time
     with Source(args.file, args.architecture) as source:
         made = plan.load(args.plan) if args.plan else decision.make_plan(source, args)
         decision.check_core(made)
