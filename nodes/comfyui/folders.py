@@ -18,7 +18,6 @@ CALIBRATIONS = "calibquant_calibrations"
 CALIBRATION_SUFFIX = ".calibration.safetensors"
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
 MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
-SPLIT, SPLIT_LORA = ".split", ".split.lora.safetensors"  # in the names of a split's main file and of its LoRA
 CHECKPOINTS = "checkpoints/"  # how an all-in-one checkpoint is told from a diffusion model in a list of both
 
 
@@ -56,7 +55,7 @@ def model_names() -> list[str]:
 
 def split_names() -> list[str]:
     """Of model_names() those that say by their name that they are split."""
-    return [name for name in model_names() if SPLIT in Path(name).name and not name.endswith(SPLIT_LORA)]
+    return [name for name in model_names() if name.endswith(splitfile.MAIN)]
 
 
 def split_lora_paths(lora: str, main: Path) -> list[Path]:

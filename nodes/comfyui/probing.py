@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...quant_core.evidence.probing import Predict
+from ...quant_core.evidence.probing import Predict, cloned
 from ...quant_core.evidence.watch import is_linear
 
 _WRAPPER = "calibquant_points"
@@ -84,7 +84,7 @@ def _step(ends: list[float], value: float) -> int:
 
 def _predict(executor: Any, call: inspect.BoundArguments) -> torch.Tensor:
     """The model's own output at the inputs of this call: one tensor [B, …]."""
-    bound = executor.original, [_copied(value) for value in call.args], _copied(call.kwargs)
+    bound = executor.original, [cloned(value) for value in call.args], cloned(call.kwargs)
     copied = inspect.signature(bound[0]).bind(*bound[1], **bound[2])
     copied.arguments["transformer_options"]["optimized_attention_override"] = _plain_attention
     found: list[Any] = []
@@ -100,15 +100,6 @@ def _predict(executor: Any, call: inspect.BoundArguments) -> torch.Tensor:
 def _plain_attention(_function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """PyTorch's: SageAttention has no backward pass."""
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-
-
-def _copied(value: Any) -> Any:
-    """With tensors cloned: those of inference mode cannot be kept for a backward pass, nor changed in place."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 @contextlib.contextmanager

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from . import decision
 from .bar import Bar
 from .options import path
-
-if TYPE_CHECKING:
-    pass
 
 HELP = "write the quantized file"
 ROUNDING_HELP = "auto (default): gptq with a calibration; else searched scales for NVFP4, nearest for the rest"

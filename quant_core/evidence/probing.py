@@ -227,7 +227,7 @@ def tapped(
         return lambda x: _Tap.apply(x, anchor, forward, tell, lambda like: weight_of(module, like))
 
     def on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: forward(*_copied(args), **_copied(kwargs))
+        return lambda *args, **kwargs: forward(*cloned(args), **cloned(kwargs))
 
     taps = dict(linears(model))
     others = {id(m): m for m in model.modules() if next(m.children(), None) is None} | {
@@ -252,7 +252,7 @@ def checkpointed_blocks(model: torch.nn.Module) -> Iterator[None]:
         def on_copies(args: Any, kwargs: Any) -> Any:  # a block that works in place must not change what is kept
             inside.append(None)
             try:
-                return forward(*_copied(args), **_copied(kwargs))
+                return forward(*cloned(args), **cloned(kwargs))
             finally:
                 inside.pop()
 
@@ -271,12 +271,13 @@ def checkpointed_blocks(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def _copied(value: Any) -> Any:
+def cloned(value: Any) -> Any:
+    """With tensors cloned: those of inference mode cannot be kept for a backward pass, nor changed in place."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+        return type(value)(map(cloned, value))
+    return {k: cloned(v) for k, v in value.items()} if type(value) is dict else value
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..errors import CalibQuantError, OptionError
-from ..evidence.calibration import Calibration
+from ..evidence.calibration import HELD_OUT, Calibration
 from ..files.checkpoint import COPY_CHUNK, HASH_PLACEHOLDER, Hasher, TensorSpec, Writer
 from ..files.disk import check_output, reason
 from ..files.header import Headers
@@ -32,8 +32,6 @@ from ..rounding.pack import refuse_damaged
 from .comparison import layer_pairs
 from .finished import QuantizedFile
 from .quantization import refuse_itself
-
-HELD_OUT = 5  # of the rows of a single run, one in so many judges
 
 
 def error_lora(

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import CalibQuantError
 from ..formats import SOURCE
-from ..models.folding import Merge
+from ..models.folding import Merge, merged
 from ..models.source import Source
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
@@ -33,9 +33,7 @@ def verify(
         for i, layer in enumerate(report.layers):
             if progress:
                 progress(i, len(report.layers), f"verify {layer.name}")
-            weight = source.load(layer.name)
-            if merge and layer.name + ".weight" in merge:
-                weight = merge[layer.name + ".weight"](weight.float())
+            weight = merged(source.load(layer.name), f"{layer.name}.weight", merge or {})
             if layer.format == SOURCE:  # kept layers are in the file to the bit, after dequantization and merge
                 weight = weight.to(source.kept_dtype(layer.name))
             found = layer_error(weight, quantized, layer.name)

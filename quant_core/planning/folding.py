@@ -21,12 +21,13 @@ from ..progress import Progress
 from ..rounding.judge import Judge, as_loaded
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import refuse_damaged, searched
+from ..rounding.trial import judged_outputs
 from .folds import LIMIT, Fold, packed
 from .plan import Plan
 from .recipes import calibrated, sized
 
 POWERS = [(a, b) for a in (0.25, 0.5, 0.75) for b in (0.0, 0.25, 0.5, 0.75)]
-OUTPUTS, ROWS = 256, 128  # of a layer that are measured
+ROWS = 128  # of inputs that a layer is measured on
 GPTQ_SHARE = 0.5  # of the error that weights have with searched scales: how much of it counts; GPTQ leaves less
 # A modulation makes (1 + scale) / s - 1, in bfloat16: near -1 for a large s, where it is rounded by up to 2**-9.
 MODULATION_ROUNDING = 2.0**-9
@@ -129,9 +130,7 @@ def _layer_error(group: Group, one: Seen, s: torch.Tensor, rows: torch.Tensor) -
     inputs alone .80 and .38.
     """
     fmt = FORMATS[one.entry.format]
-    weight = one.weight[
-        torch.linspace(0, len(one.weight) - 1, min(len(one.weight), OUTPUTS), dtype=torch.float64).long()
-    ]
+    weight = one.weight[judged_outputs(len(one.weight))]
     along = group.along(one.part, s, weight.shape[1])
     judge = Judge(weight, rows, ROWS)
     smooth, weight, entry = judge.rows / along, weight * along, one.entry

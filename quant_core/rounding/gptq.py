@@ -57,7 +57,8 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MI
     mean: E[x], float32 [in], for a layer whose bias will take up the mean error: H is then the covariance.
     least: the distinct rows that it takes.
     """
-    if few := too_few(rows, least):
+    distinct = _distinct(rows)
+    if few := _few(distinct, least):
         return few
     x = rows.float() if mean is None else rows.float() - mean
     x = x * to_unit(x)  # their squares might overflow; for GPTQ the scale of H does not matter
@@ -67,7 +68,7 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MI
     average = hessian.diagonal().mean()
     if not torch.isfinite(average) or average <= 0:
         return "the sampled inputs are constant or not finite"
-    share, added = damping(_distinct(rows), x.shape[1]), 0
+    share, added = damping(distinct, x.shape[1]), 0
     for times in RETRIES:
         hessian.diagonal().add_((times - added) * share * average)
         # With the order of the columns reversed, H's own lower factor is R with H = R R^T, R upper; then U = R^-1.
@@ -85,12 +86,13 @@ def factor(rows: torch.Tensor, mean: torch.Tensor | None = None, least: int = MI
 
 def too_few(rows: torch.Tensor, least: int) -> str:
     """Why these input rows [n, in] are too few for GPTQ; "" where they are not."""
-    if not len(rows):
-        return "no input rows were sampled"
-    distinct = _distinct(rows)
-    if distinct < least:
-        return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {least}): calibrate on more"
-    return ""
+    return _few(_distinct(rows), least) if len(rows) else "no input rows were sampled"
+
+
+def _few(distinct: int, least: int) -> str:
+    if distinct >= least:
+        return ""
+    return f"{distinct} distinct rows were sampled, too few for GPTQ (at least {least}): calibrate on more"
 
 
 def _distinct(rows: torch.Tensor) -> int:
