@@ -11,6 +11,7 @@ from .calibrate import (
     CalibQuantSaveCalibration,
 )
 from .comfyui import folders
+from .compare import CalibQuantCompare
 from .lora import CalibQuantErrorLora, CalibQuantLoadSplit
 from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
@@ -21,7 +22,7 @@ from .sensitivity import CalibQuantSensitivity
 NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
-    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity),
+    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity, CalibQuantCompare),
 ]
 
 

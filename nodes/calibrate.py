@@ -143,12 +143,21 @@ def check_negative(cfg: float, negative: Any) -> None:
 
 
 def sampling_inputs(samples: int) -> list[Any]:
-    """What the nodes that sample prompts themselves are asked; samples: the default."""
-    size = {"min": 16, "max": 16384, "step": 8}
+    """What the nodes that sample prompts for a calibration are asked; samples: the default."""
     return [
         io.Int.Input(
             "samples", default=samples, min=1, max=4096, tooltip="Samples to draw; prompts take turns, seeds count up."
         ),
+        *sampler_inputs(
+            "Seed of the first sample; the next ones count up. Avoid the seeds you will compare models with."
+        ),
+    ]
+
+
+def sampler_inputs(seed: str) -> list[Any]:
+    """What every node that samples by itself is asked; seed: what its seed is."""
+    size = {"min": 16, "max": 16384, "step": 8}
+    return [
         io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Steps of each sample; 8 or 9 for turbo models."),
         io.Float.Input(
             "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
@@ -160,8 +169,7 @@ def sampling_inputs(samples: int) -> list[Any]:
         io.Int.Input("height", default=1024, **size, tooltip="Pixels. Take the size you use most."),
         io.Int.Input("frames", default=1, min=1, max=16384, tooltip="Video models only: frames of each sample."),
         io.Int.Input(
-            "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF - 4096, control_after_generate=False,
-            tooltip="Seed of the first sample; the next ones count up. Avoid the seeds you will compare models with.",
+            "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF - 4096, control_after_generate=False, tooltip=seed,
         ),
     ]  # fmt: skip
 
@@ -171,10 +179,10 @@ Job = tuple[str, Any, int]  # prompt text, CONDITIONING, seed
 
 def jobs_of(conditioning: list[Any], samples: int, seed: int) -> list[Job]:
     """Prompts take turns, seeds count up."""
-    return [(*prompt, seed + i) for i, prompt in enumerate(_in_turn(_prompts(conditioning), samples))]
+    return [(*prompt, seed + i) for i, prompt in enumerate(_in_turn(prompts_of(conditioning), samples))]
 
 
-def _prompts(conditioning: list[Any]) -> list[tuple[str, Any]]:
+def prompts_of(conditioning: list[Any]) -> list[tuple[str, Any]]:
     """(text, CONDITIONING) of a prompt set's entries; of a single CONDITIONING no text is known."""
     if conditioning and isinstance(conditioning[0], dict):
         return [(prompt["text"], [[prompt["cond"], prompt["options"]]]) for prompt in conditioning]
@@ -190,7 +198,7 @@ def sample_all(
     begin: Callable[[str, int], None], node_id: str | None,
 ) -> None:  # fmt: skip
     """Draw all jobs, with progress on the node. begin(text, seed) is told before each."""
-    progress, clock = feedback.preview_progress(len(jobs) * settings.steps), _Clock(len(jobs) * settings.steps)
+    progress, clock = feedback.preview_progress(len(jobs) * settings.steps), Clock(len(jobs) * settings.steps)
     for i, (text, positive, seed) in enumerate(jobs):
         begin(text, seed)
 
@@ -203,7 +211,7 @@ def sample_all(
         sampling.draw(model, positive, negative or positive, latent, settings, seed, step)
 
 
-class _Clock:
+class Clock:
     """Time left, from the steps done; told once a second at most."""
 
     def __init__(self, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import promptset
+from ..quant_core.files.text import read_text
 from .comfyui import feedback, folders, written
 from .types import CATEGORY, ConditioningSetType
+
+NO_FILE = "none"
 
 
 class CalibQuantPromptSet(io.ComfyNode):
@@ -35,19 +39,27 @@ class CalibQuantPromptSet(io.ComfyNode):
                     default="my_prompts",
                     tooltip="File name below output/promptsets. A file of that name is replaced.",
                 ),
+                io.Combo.Input(
+                    "file",
+                    options=[NO_FILE, *folders.prompt_files()],
+                    default=NO_FILE,
+                    optional=True,
+                    tooltip="A text file in ComfyUI's input folder with one prompt a line, taken instead of prompts.",
+                ),
             ],
             outputs=[ConditioningSetType.Output("prompt_set", tooltip="The encoded prompts, for Calibrate.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: object) -> int:
-        return written.times_lost(cls.hidden.unique_id)
+    def fingerprint_inputs(cls, file: str = NO_FILE, **_: object) -> str:
+        read = "" if file == NO_FILE else folders.prompt_file_fingerprint(file)
+        return f"{read} {written.times_lost(cls.hidden.unique_id)}"
 
     @classmethod
     @feedback.in_node_words()
-    def execute(cls, clip: Any, prompts: str, name: str) -> io.NodeOutput:
-        texts = [line.strip() for line in prompts.splitlines() if line.strip()] or varied_prompts()
+    def execute(cls, clip: Any, prompts: str, name: str, file: str = NO_FILE) -> io.NodeOutput:
+        texts = _lines(prompts) or varied_prompts() if file == NO_FILE else prompts_in(folders.prompt_file(file))
         path, progress = folders.saved_prompt_set_path(name), feedback.progress()(0)
         encoded = []
         for i, text in enumerate(texts):
@@ -60,9 +72,20 @@ class CalibQuantPromptSet(io.ComfyNode):
 
 
 def varied_prompts() -> list[str]:
-    """The pack's own prompts; lines that begin with # are comments."""
-    lines = folders.VARIED_PROMPTS.read_text("utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    """The pack's own prompts."""
+    return prompts_in(folders.VARIED_PROMPTS)
+
+
+def prompts_in(path: Path) -> list[str]:
+    """One a line; lines that begin with # are comments."""
+    found = [line for line in _lines(read_text(path)) if not line.startswith("#")]
+    if not found:
+        raise CalibQuantError(f"{path}: has no prompts: write one a line")
+    return found
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _encode(clip: Any, text: str) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def calibration_fingerprint(name: str) -> str:
     return _stamp(calibration_path, name)
 
 
+def prompt_file_fingerprint(name: str) -> str:
+    """Changes when a text file in the input folder does."""
+    return _stamp(prompt_file, name)
+
+
 def _stamp(path_of: Callable[[str], Path], name: str) -> str:
     try:
         stat = path_of(name).stat()
@@ -136,6 +141,22 @@ def saved_calibration_path(name: str) -> Path:
 def new_calibration_path(prefix: str) -> Path:
     """A calibration's file name not yet taken in ComfyUI's output folder; its folder is made."""
     return _numbered("calibrations", prefix, CALIBRATION_SUFFIX)[0]
+
+
+def new_comparison_path(prefix: str) -> Path:
+    """A name without suffix below output/comparisons that no file has yet; its folder is made."""
+    return _numbered("comparisons", prefix, "")[0]
+
+
+def prompt_files() -> list[str]:
+    """Text files in ComfyUI's input folder."""
+    return sorted(path.name for path in Path(folder_paths.get_input_directory()).glob("*.txt") if path.is_file())
+
+
+def prompt_file(name: str) -> Path:
+    if name not in prompt_files():
+        raise CalibQuantError(f"there is no file {name} in ComfyUI's input folder: choose one from the list (press R)")
+    return Path(folder_paths.get_input_directory(), name)
 
 
 def _named(folder: str, name: str, suffix: str) -> Path:
@@ -201,3 +222,9 @@ def _kind(model_name: str) -> str:
 def shown(path: Path) -> str:
     """A file below ComfyUI's output folder, as the user finds it."""
     return (Path("output") / path.relative_to(folder_paths.get_output_directory())).as_posix()
+
+
+def output_image(path: Path) -> dict[str, str]:
+    """A picture below ComfyUI's output folder, as the page asks the server for it."""
+    below = path.parent.relative_to(folder_paths.get_output_directory()).as_posix()
+    return {"filename": path.name, "subfolder": below, "type": "output"}

@@ -120,10 +120,16 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
     }
 
 
-def _source_of(model: Any) -> dict[str, str]:
+def source_path(model: Any) -> str:
+    """The file that the MODEL was loaded from; empty when the loader left no trace of it."""
     loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
     path = next(iter(loader[1]), None) if loader else None
-    if not isinstance(path, str):
+    return path if isinstance(path, str) else ""
+
+
+def _source_of(model: Any) -> dict[str, str]:
+    path = source_path(model)
+    if not path:
         return {}
     try:
         with Headers(path) as source:

@@ -38,8 +38,8 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What came out: sizes in bytes, seconds of the whole job, one entry per layer."""
+class Compared:
+    """Two files, or two models loaded from them: what every report calls by the same names. bytes: of whole files."""
 
     source: str
     output: str
@@ -47,7 +47,13 @@ class Report:
     recipe: str
     bytes_before: int
     bytes_after: int
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the whole job
+
+
+@dataclass(frozen=True)
+class Report(Compared):
+    """What came out of a file: one entry per layer."""
+
     layers: list[LayerReport] = field(default_factory=list)
     needs_comfyui: str = ""  # the first version that reads the file
     runs: int | None = None  # of the calibration that layers were rounded with
