@@ -90,7 +90,7 @@ class CalibQuantCompare(io.ComfyNode):
         check_negative(cfg, negative)
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
         comparing.check_pair(model_a, model_b, settings)
-        target = folders.new_comparison_path(filename_prefix)
+        folders.new_comparison_path(filename_prefix)  # a name that cannot be is told before the work
         jobs = [(*prompt, seed + i) for prompt in prompts_of(conditioning)[:prompts] for i in range(seeds)]
         latent = sampling.empty_latent(model_a, width, height, frames)
         drawing = _Drawing(jobs, seeds, negative, latent, settings, cls.hidden.unique_id)
@@ -103,7 +103,7 @@ class CalibQuantCompare(io.ComfyNode):
             seconds=time.monotonic() - began,
             settings=words,
             pictures=pictures,
-            same_seed=[judge.likeness(drawing.again, drawing.first[0])],
+            same_seed=[judge.likeness(drawing.again[0], drawing.first[0])],
             other_seed=[judge.likeness(a, b) for a, b in drawing.other_seeds()],
             steps=reports.average(drawing.matched.errors),
             pace=drawing.pace,
@@ -111,7 +111,7 @@ class CalibQuantCompare(io.ComfyNode):
             notes=_notes(model_a, vae),
         )
         image = sheet.draw(rows, found.verdict(), _columns(found), _footing(found, len(rows), vae))
-        return _saved(target, found, image, cls.hidden.unique_id)
+        return _saved(folders.new_comparison_path(filename_prefix), found, image, cls.hidden.unique_id)
 
 
 @dataclass
@@ -124,8 +124,10 @@ class _Drawing:
     latent: torch.Tensor
     settings: SamplerSettings
     node_id: str | None
-    first: list[torch.Tensor] = field(default_factory=list)
-    second: list[torch.Tensor] = field(default_factory=list)
+    first: list[torch.Tensor] = field(default_factory=list)  # by model_a, in the order of jobs
+    second: list[torch.Tensor] = field(default_factory=list)  # by model_b
+    again: list[torch.Tensor] = field(default_factory=list)  # the first job once more, by model_a
+    other: list[torch.Tensor] = field(default_factory=list)  # its next seed, if no job has it
     matched: comparing.Matched = field(default_factory=comparing.Matched)
     pace: dict[str, reports.Pace] = field(default_factory=dict)
 
@@ -141,18 +143,17 @@ class _Drawing:
         for i, job in enumerate(self.jobs):
             self.first.append(self._sample(source, job, "model_a", i, self.matched.record(i)))
         text, positive, seed = self.jobs[0]
-        self.again = self._sample(source, self.jobs[0], "model_a, once more", 0)
-        self._other = []
+        self.again.append(self._sample(source, self.jobs[0], "model_a, once more", 0))
         if self.seeds == 1:
-            self._other = [self._sample(source, (text, positive, seed + 1), "model_a, another seed", 0)]
+            self.other.append(self._sample(source, (text, positive, seed + 1), "model_a, another seed", 0))
         for i, job in enumerate(self.jobs):
             self.second.append(self._sample(output, job, "model_b", i, self.matched.compare(i)))
         self.pace = {"source": source.pace(self.settings.steps), "output": output.pace(self.settings.steps)}
 
     def other_seeds(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of the original's latents, of one prompt and two seeds."""
-        if self._other:
-            return [(self._other[0], self.first[0])]
+        if self.other:
+            return [(self.other[0], self.first[0])]
         firsts = range(0, len(self.jobs), self.seeds)
         return [(self.first[i + 1], self.first[i]) for i in firsts][:OTHER_SEEDS]
 

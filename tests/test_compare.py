@@ -330,6 +330,16 @@ def test_one_seed_still_has_another_to_be_read_by(pack: dict[str, Any], digits: 
 
 
 @pytest.mark.core
+def test_what_is_kept_of_the_originals_way_is_bounded(
+    pack: dict[str, Any], digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparing = sys.modules[pack["CalibQuantCompare"].__module__].comparing
+    assert {step["n"] for step in data(compare(pack, load(MODEL), load(MODEL), digits, seeds=1))["steps"]} == {2}
+    monkeypatch.setattr(comparing, "KEPT", 1)
+    assert {step["n"] for step in data(compare(pack, load(MODEL), load(MODEL), digits, seeds=1))["steps"]} == {1}
+
+
+@pytest.mark.core
 def test_a_pair_that_cannot_be_compared_is_refused(pack: dict[str, Any], digits: Any, small: str) -> None:
     first, second = load(MODEL), load(small)
     shift = importlib.import_module("comfy_extras.nodes_model_advanced").ModelSamplingSD3

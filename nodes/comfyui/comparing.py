@@ -160,7 +160,7 @@ def _watch_kernels(diffusion_model: torch.nn.Module, layers: dict[str, str]) -> 
 
 def _why_emulated(module: Any, device: str) -> str:
     if device == "cpu":
-        return "no GPU: weights are decoded and multiplied on the CPU"
+        return "no GPU: computed on the CPU"
     if module.weight_function or module.bias_function:
         return "a LoRA that is added while sampling: weights are decoded"
     if getattr(module, "_full_precision_mm_config", False):

@@ -71,7 +71,7 @@ def draw(rows: list[Row], heading: str, columns: tuple[str, str, str], footing: 
     for line in head:
         y = big.write(pen, EDGE, y, line, INK, 30)
     for i, title in enumerate(columns):
-        normal.write(pen, EDGE + i * (width + GAP), y + 10, normal.cut(title, width), QUIET)
+        normal.write(pen, EDGE + i * (width + GAP), y + 10, normal.cut(title, width - EDGE), QUIET)
     y += 40
     for row in rows:
         for i, tile in enumerate(row.tiles):
