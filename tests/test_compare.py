@@ -139,7 +139,9 @@ def test_the_verdict_names_the_worst_picture() -> None:
         "Practically the same as the original: 71× closer than another seed, mean SSIM 0.998; the worst picture is #2."
     )
     said = comparison(1e-4, 1e-4, 0.02).verdict()
-    assert "the worst picture is #3, visibly different from the original: use more bits, or calibrate" in said
+    assert said.startswith("Close") and said.endswith("; but 1 of 3 pictures visibly different: look at #3.")
+    said = comparison(0.02, 0.03).verdict()
+    assert said.endswith("the worst picture is #2: use more bits, or calibrate and round with GPTQ.")
 
 
 def test_the_verdict_tells_no_difference_from_noise() -> None:

@@ -109,11 +109,13 @@ class Comparison(Compared):
         ssim = self.measure("ssim")
         facts += [f"mean SSIM {ssim.mean:.3f}"] if ssim else []
         sentence = f"{GRADES[level][1]}: {', '.join(facts)}"
-        level_of_worst = grade(self.share(worst.latent_error))
-        if errors.n > 1:
-            known = "" if level_of_worst == level else f", {GRADES[level_of_worst][1].lower()}"
-            sentence += f"; the worst picture is #{worst.number}{known}"
-        return sentence + (f": {ADVICE}." if max(level, level_of_worst) > ACCEPTABLE else ".")
+        bad = sum(grade(self.share(one.latent_error)) > ACCEPTABLE for one in self.pictures)
+        if bad and level <= ACCEPTABLE:
+            return (
+                f"{sentence}; but {bad} of {counted(errors.n, 'picture')} visibly different: look at #{worst.number}."
+            )
+        sentence += f"; the worst picture is #{worst.number}" if errors.n > 1 else ""
+        return sentence + (f": {ADVICE}." if level > ACCEPTABLE else ".")
 
     def to_json(self) -> str:
         measured = {name: self.measure(name) for name in MEASURES}
@@ -177,7 +179,7 @@ class Comparison(Compared):
         return f"## Steps\n\n{words}\n\n{_table([['call', 'sigma', 'error'], *rows])}"
 
     def _measures(self) -> list[list[str]]:
-        rows = [["", "mean", f"{LEVEL:.0%} interval", "worst", "n", "drawn again", "another seed"]]
+        rows = [["", "mean", f"{100 * LEVEL:.0f} % interval", "worst", "n", "drawn again", "another seed"]]
         for name in MEASURES:
             found, *baselines = (self.measure(name, of) for of in ("pictures", "same_seed", "other_seed"))
             if found:
@@ -201,7 +203,7 @@ DEFINITIONS = f"""\
 - *Final latent, relative error*: ‖A − B‖² / ‖A‖² of each picture's final latent, in the space the model works in.
 - *PSNR*: of decoded pictures in 0..1, at most {MOST_DB:.0f} dB.
 - *SSIM*: scikit-image, Gaussian weights, sigma {SIGMA}, data range 1.0.
-- *Interval*: {LEVEL:.0%} of a percentile bootstrap over pictures, of the mean.
+- *Interval*: {100 * LEVEL:.0f} % of a percentile bootstrap over pictures, of the mean.
 - *Drawn again*: the original, sampled twice from the same noise. 0 where this machine repeats itself exactly.
 - *Another seed*: the original against itself from other noise: what an unrelated picture of the same prompt scores.
 - *× closer than another seed*: the root of the ratio of the two errors. Practically the same: 32× and more; close: 10×;
