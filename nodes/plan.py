@@ -132,7 +132,8 @@ class CalibQuantPlan(io.ComfyNode):
             if strategy["strategy"] in _BUDGETS:
                 _check_same_file(probe, source)
                 words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
-                plan, warnings = budgets.make(source, *words), []
+                plan, warnings = budgets.make(source, *words, smooth == "fold", split.strip()), []
+                smooth = split = ""  # were options like the formats
             else:
                 plan, warnings = _plan(source, model_name, strategy, probe, seen)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
