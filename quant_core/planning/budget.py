@@ -330,6 +330,8 @@ class _Budget:
         for option in self._table.made_with.options:
             wish, infos = replace(layer_plan(option), reason=f"every layer {option}"), self._source.layers
             ranks = {n: wish.rank * (option in self._layers[n]) for n in self._layers}
+            if wish.rank and not any(ranks.values()):
+                continue
             chosen = {n: legal(replace(wish, rank=r), infos[n], self._source.shape(n)) for n, r in ranks.items()}
             found += self._point(f"every layer {option}", self._plan(chosen))
         return found

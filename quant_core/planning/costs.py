@@ -242,7 +242,8 @@ def measure(
         able = {
             option: entry
             for option, entry in planned[name].items()
-            if not entry.rank or splitting.may_have_branch(source, name, entry, calibration)
+            if not entry.rank
+            or (_pays(source, name, entry) and splitting.may_have_branch(source, name, entry, calibration))
         }
         measured[name] = _measure_layer(source, name, able, rounder, how.gpu, damage, merge)
     return CostTable(how, {name: measured[name] for name in planned}, chosen)
@@ -310,6 +311,11 @@ def _measure_layer(
         harm = None if damage is None else damage(name.removeprefix(source.prefix), tried.changes)
         costs[option] = Cost(tried.error, nbytes, kind, harm)
     return costs
+
+
+def _pays(source: Source, name: str, entry: LayerPlan) -> bool:
+    """Whether the layer with its branch is smaller than in 16 bit."""
+    return _nbytes(source, name, entry) < _nbytes(source, name, LayerPlan(SOURCE, ""))
 
 
 def _nbytes(source: Source, name: str, entry: LayerPlan) -> int:
