@@ -149,7 +149,7 @@ class CalibQuantPlan(io.ComfyNode):
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         sizes = change_of_size(before, plan.size)
         lines = [f"{source.architecture.title}: {counts}", sizes, *folds.summary(plan.folds), *branches]
-        lines += [*notes, *planned.lines(plan)]
+        lines += [*notes, *planned.lines(plan, source)]
         return io.NodeOutput(plan, ui=ui.PreviewText("\n".join(lines)))
 
 

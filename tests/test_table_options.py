@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -247,3 +250,23 @@ def test_a_table_with_damaged_folds_is_refused(tmp_path: Path) -> None:
     stored.write_text(json.dumps(raw))
     with pytest.raises(CalibQuantError, match=r"its fold is damaged.*remove it"):
         costs.load(stored, table.made_with)
+
+
+# --- the node
+
+
+def test_the_node_takes_ranks_and_folds_as_options(comfy: Path) -> None:
+    """One table for any size; a size is that of both files; without a calibration nothing is split."""
+    nodes = importlib.import_module("nodes")
+    assert asyncio.run(nodes.load_custom_node(str(models.ROOT)))
+    node = nodes.NODE_CLASS_MAPPINGS["CalibQuantPlan"]
+    seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")
+    words = {"gpu": "blackwell", "formats": "nvfp4,bf16", "weighting": "auto", "tie": False, "max_slow": 1.0}
+    model = {"model_name": "calibquant_digits_wan.safetensors", "smooth": "fold", "split": " 8 "}
+    strategy = {"strategy": "size", "size": 0.00175, **words}
+    done = node.execute(**model, strategy=strategy, calibration=SimpleNamespace(current=lambda: seen))
+    plan, said = done.result[0], done.ui.as_dict()["text"][0]
+    assert plan.ranks() and plan.folds and plan.size < plan.predicted["size"] <= 1.75e6
+    assert "more in a LoRA of their own" in said and "in native kernels" in said
+    with pytest.raises(Exception, match="needs a calibration: link one"):
+        node.execute(**model, strategy=strategy)

@@ -36,7 +36,7 @@ from .costs import CostTable, entries, layer_plan
 from .layout import branch_size, branch_specs, layer_config, layer_specs
 from .plan import Plan
 from .recipes import RECIPES, calibrated, legal, make_plan, sized, summary
-from .targets import NATIVE
+from .targets import NATIVE, multiplications
 
 WEIGHTINGS = ("gradient", "hswq", "score", "uniform")
 KINDS = {"size": "a file of {} bytes", "bits": "{:g} bits a weight", "max_error": "an error of {:g}"}
@@ -150,7 +150,7 @@ class _Budget:
         self._scales = calibration if table.made_with.input_scale else None
         seen = self._scales and folds.seen(source, table.folds, self._scales)
         made = entries(source, table.made_with.options, seen)
-        self._work = {name: _multiplications(source, calibration, name) for name in table.layers}
+        self._work = {name: multiplications(source, calibration, name) for name in table.layers}
         self._layers = {
             name: {o: self._option(name, o, made[name][o], damage) for o, damage in damages[name].items()}
             for name in table.layers
@@ -364,12 +364,6 @@ def _controls(points: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     nearest = min(points, key=lambda p: abs(p["size"] - size), default=None)
     found = [p for p in (best, nearest) if p is not None]
     return found[:1] if len(found) == 2 and found[0] is found[1] else found
-
-
-def _multiplications(source: Source, calibration: Calibration | None, layer: str) -> float:
-    """Of one layer while the calibration ran; without one of one row."""
-    seen = calibration.layers.get(layer.removeprefix(source.prefix)) if calibration else None
-    return float(math.prod(source.shape(layer))) * (seen.count if seen else 1)
 
 
 def _header(source: Source, layer: str, entry: LayerPlan) -> int:

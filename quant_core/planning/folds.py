@@ -107,15 +107,14 @@ def used(folds: Mapping[str, Fold]) -> dict[str, Fold]:
 
 
 def summary(folds: Mapping[str, Fold]) -> list[str]:
-    """A line on all, one for each layer type, and one on LoRAs; nothing where there are no folds."""
+    """A line on all, and one for each layer type; nothing where there are no folds."""
     if not folds:
         return []
     kinds: dict[str, list[Fold]] = {}
     for name, fold in folds.items():
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), []).append(fold)
     lines = [f"folded smoothing: {_line(list(folds.values()))}"]
-    lines += [f"  {kind}: {_line(members)}" for kind, members in kinds.items()]
-    return [*lines, LORAS] if used(folds) else lines
+    return lines + [f"  {kind}: {_line(members)}" for kind, members in kinds.items()]
 
 
 def _line(folds: list[Fold]) -> str:
