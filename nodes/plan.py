@@ -97,7 +97,8 @@ class CalibQuantPlan(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="With a calibration: a 16-bit branch of low rank takes up what rounding the inputs costs "
-                    "(most of NVFP4's error on RTX 50). A mean rank such as 16, or a share of the file such as 6%. "
+                    "(most of NVFP4's error on RTX 50). A mean rank such as 16, or a share of the file such as 6%; for "
+                    "size, bits and max_error a rank, and each layer gets what pays. "
                     "Saves two files that belong together: load them with Load Split Model. Empty: none.",
                 ),
             ],
