@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..quant_core.errors import OptionError
+from ..quant_core.errors import CalibQuantError, OptionError
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.probe import Probe
 from ..quant_core.models.source import Source
@@ -22,7 +22,7 @@ _latest: list[CostTable] = []  # at most one: another size asks for no new measu
 
 
 def size_inputs() -> list[Any]:
-    tooltip = "Size of the whole file in GB (1e9 bytes). The plan has the least error that fits."
+    tooltip = "Size of the whole file in GB (1e9 bytes), of a split of both. The plan has the least error that fits."
     return [io.Float.Input("size", default=8.0, min=0.001, max=1000.0, step=0.1, tooltip=tooltip), *_shared()]
 
 
@@ -79,6 +79,8 @@ def make(
     seen: Calibration | None,
     input_scale: bool,
     pre_quant_scale: bool,
+    fold: bool = False,
+    split: str = "",
 ) -> Plan:
     """The plan of one of the three strategies; ``probed`` is asked only where the probe is needed."""
     if pre_quant_scale:
@@ -89,9 +91,14 @@ def make(
     wish.check()
     gpu = targets.this_gpu() if strategy["gpu"] == THIS_MACHINE else strategy["gpu"]
     options = costs.choose_options(strategy["formats"].strip() or None, gpu, patches.CORE)
+    if seen is None and (fold or split):
+        raise CalibQuantError(
+            f"{source.path}: {'smooth' if fold else 'a split'} needs a calibration: link one, or leave it off"
+        )
+    options = costs.with_branches(options, gpu, split) if split else options
     weighting = None if strategy["weighting"] == DEFAULT else strategy["weighting"]
     probe = probed() if seen is None or weighting == "score" else None
-    how = costs.made_with(source, gpu, options, "auto", input_scale, seen)
+    how = costs.made_with(source, gpu, options, "auto", input_scale, seen, fold)
     table = _table(source, how, seen, probe)
     return budget.plan(source, table, wish, weighting=weighting, calibration=seen, probed=probe)
 

@@ -97,7 +97,8 @@ class CalibQuantPlan(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="With a calibration: a 16-bit branch of low rank takes up what rounding the inputs costs "
-                    "(most of NVFP4's error on RTX 50). A mean rank such as 16, or a share of the file such as 6%. "
+                    "(most of NVFP4's error on RTX 50). A mean rank such as 16, or a share of the file such as 6%; for "
+                    "size, bits and max_error a rank, and each layer gets what pays. "
                     "Saves two files that belong together: load them with Load Split Model. Empty: none.",
                 ),
             ],
@@ -132,7 +133,8 @@ class CalibQuantPlan(io.ComfyNode):
             if strategy["strategy"] in _BUDGETS:
                 _check_same_file(probe, source)
                 words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
-                plan, warnings = budgets.make(source, *words), []
+                plan, warnings = budgets.make(source, *words, smooth == "fold", split.strip()), []
+                smooth = split = ""  # were options like the formats
             else:
                 plan, warnings = _plan(source, model_name, strategy, probe, seen)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
@@ -148,7 +150,7 @@ class CalibQuantPlan(io.ComfyNode):
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         sizes = change_of_size(before, plan.size)
         lines = [f"{source.architecture.title}: {counts}", sizes, *folds.summary(plan.folds), *branches]
-        lines += [*notes, *planned.lines(plan)]
+        lines += [*notes, *planned.lines(plan, source)]
         return io.NodeOutput(plan, ui=ui.PreviewText("\n".join(lines)))
 
 

@@ -245,7 +245,7 @@ def test_a_scaled_calibration_is_the_folded_models() -> None:
 # --- the whole job
 
 
-def loud_model(tmp_path: Path) -> tuple[Path, calibration.Calibration]:
+def loud_model(tmp_path: Path, runs: int = 5) -> tuple[Path, calibration.Calibration]:
     """Z-Image's layout with loud channels, here and there, in the inputs of every block Linear."""
     tensors = models.zimage(dim=128, ffn=256, layers=1)
     for block in ("layers.0", "noise_refiner.0", "context_refiner.0"):
@@ -267,7 +267,7 @@ def loud_model(tmp_path: Path) -> tuple[Path, calibration.Calibration]:
             tensors[f"{name}.weight"] = weight.bfloat16()
             layers[name] = (tensors[f"{name}.weight"], inputs[info.shared_input or name])
     models.save(path, tensors)
-    return path, collected(layers)
+    return path, collected(layers, runs)
 
 
 @pytest.fixture

@@ -396,7 +396,7 @@ def test_plans_for_a_budget(pack: dict[str, Any], kind: str, monkeypatch: pytest
             model_name=MODEL, strategy={**words, kind: amount, "max_slow": 1.0}, calibration=linked, input_scale=True
         )
         plan, said = done.result[0], done.ui.as_dict()["text"][0]
-        assert "size and least error" in said and "on Blackwell: layers" in said
+        assert "size and least error" in said and "on Blackwell: of the linear work " in said
         if kind == "max_error":
             assert plan.predicted["error"] <= amount
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from quant_core.evidence.collector import Collector
 from quant_core.formats import FORMATS
 from quant_core.models.source import Source
 from quant_core.planning import recipes, rotation, targets
+from quant_core.planning.folds import Fold
 from quant_core.planning.plan import Plan
+from quant_core.rounding.layerplan import LayerPlan
 
 LAYER = "layers.0.attention.out"
 
@@ -140,3 +143,53 @@ def test_a_calibration_of_the_demo_decides_layer_by_layer() -> None:
     with Source(models.ROOT / "workflows" / "models" / "calibquant_digits_wan.safetensors") as source:
         plan = rotation.rotated(source, recipes.make_plan(source, "int8"), "auto", seen)
     assert plan.count()["int8_convrot"] > 0 and plan.count()["int8_tensorwise"] > 0
+
+
+# --- what is said of a file
+
+
+def test_shares_are_of_the_work_that_each_layer_does(file: Path) -> None:
+    """By hand: qkv twice as often called as w2; all other layers in 16 bit."""
+    with Source(file) as source:
+        layers = dict.fromkeys(source.layers, LayerPlan("bf16", ""))
+        layers["layers.0.attention.qkv"] = LayerPlan("nvfp4", "")
+        layers["layers.0.feed_forward.w2"] = LayerPlan("int8_convrot", "")
+        plan = Plan("zimage", "", source.name, layers, gpu="ampere")
+        sizes = {name: math.prod(source.shape(name)) for name in layers}
+        collector = Collector(lambda layer: layer)
+        collector.start_run("seed 0")
+        for name in layers:
+            x = torch.ones(20 if name == "layers.0.attention.qkv" else 10, source.shape(name)[1])
+            collector.add(name, x, x @ source.load(name).float().T)
+        collector.finish_run()
+        seen = collector.result()
+        by_weights = targets.words(plan, source)[0]
+        by_work = targets.words(replace(plan, seen=lambda: seen), source)[0]
+    emulated, native = sizes["layers.0.attention.qkv"], sizes["layers.0.feed_forward.w2"]
+    total = sum(sizes.values())
+    assert f"weights {100 * native / total:.0f} % in native kernels, {100 * emulated / total:.0f} % emul" in by_weights
+    total += emulated
+    assert f"work {100 * native / total:.0f} % in native kernels, {200 * emulated / total:.0f} % emulated" in by_work
+
+
+@pytest.mark.parametrize(
+    ("changed", "gpu", "said", "unsaid"),
+    [
+        ({"format": "nvfp4"}, "", "fast: NVFP4 on RTX 50; elsewhere unpacked", "INT8"),
+        ({"format": "nvfp4", "full_precision": True}, "", "on every card unpacked", "fast:"),
+        ({"format": "nvfp4"}, "turing", "emulated", "native"),
+        ({"format": "nvfp4"}, "", "(Load LoRA (Bypass, Model Only)); an ordinary loader", "as usual"),
+        ({"format": "nvfp4"}, "", "NVFP4 .0004 -> .022", "do not fit"),
+        ({"format": "nvfp4", "rank": 4}, "", "a bypass loader after Load Split Model", "Load LoRA"),
+        ({"format": "int8_convrot"}, "", "load them as usual", "use a bypass loader"),
+        ({"format": "nvfp4", "pre_quant_scale": True}, "", "made for the original model do not fit", "ordinary"),
+        ({"format": "nvfp4"}, "fold", "made for the original model do not fit", "ordinary"),
+        ({"format": "bf16"}, "turing", "needs ComfyUI 0.29 or newer", "LoRA"),
+    ],
+)
+def test_words_on_cards_and_loras(changed: dict[str, object], gpu: str, said: str, unsaid: str) -> None:
+    """The figures are those of benchmarks/RESULTS.md."""
+    found = {"g": Fold(0.5, 0.5, 2.0, 1.0, "AA")} if gpu == "fold" else {}
+    layers = {"a": replace(LayerPlan("", ""), **changed)}
+    text = "\n".join(targets.words(Plan("zimage", "", "m", layers, folds=found, gpu=gpu.replace("fold", ""))))
+    assert said in text and unsaid not in text

@@ -43,7 +43,12 @@ def add_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--split", type=split_amount, metavar="RANK|SHARE%", help=splitting.HELP)
     c.add_argument("--percentiles", nargs=2, type=number, metavar=("FP8", "KEEP"), help="by quant_probe's score")
     c.add_argument("--keep-ratio", type=number, metavar="R", help="share of layers, worst first, kept in 16 bit")
-    c.add_argument("--size", type=above_zero, metavar="GB", help="the least error in a file of so many GB (1e9 bytes)")
+    c.add_argument(
+        "--size",
+        type=above_zero,
+        metavar="GB",
+        help="the least error in so many GB (1e9 bytes), of both files of a split",
+    )
     c.add_argument("--bits", type=above_zero, metavar="B", help="the same in so many bits a weight, scales included")
     c.add_argument("--max-error", type=above_zero, metavar="E", help="the smallest file with this predicted error")
     budget = c.add_argument_group("for --size, --bits and --max-error")
@@ -90,12 +95,13 @@ def make_plan(source: Source, args: argparse.Namespace) -> Plan:
         plan = replace(_uncalibrated_plan(source, args, calibration), gpu=args.gpu or "")
     if calibration is not None:
         plan = plan if args.no_input_scale else recipes.calibrated(source, plan, calibration)
-        plan = _folded(source, plan, calibration) if args.smooth == "fold" else plan
+        if args.smooth == "fold" and not budget_of(args):
+            plan = _folded(source, plan, calibration)
         plan = replace(plan, seen=lambda: calibration)
     with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
         plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
     plan = _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
-    return _split(source, plan, calibration, args.split) if args.split else plan
+    return _split(source, plan, calibration, args.split) if args.split and not budget_of(args) else plan
 
 
 def _split(source: Source, plan: Plan, calibration: Calibration | None, wanted: str) -> Plan:
@@ -133,7 +139,12 @@ def _plan_for_budget(source: Source, args: argparse.Namespace, calibration: Cali
         print(f"warning: {note}", file=sys.stderr)
     gpu, rounding = args.gpu or targets.this_gpu(), getattr(args, "rounding", "auto")
     options = costs.choose_options(args.formats, gpu, find_comfyui())
-    how = costs.made_with(source, gpu, options, rounding, not args.no_input_scale, calibration)
+    if args.split:
+        if calibration is None:
+            raise OptionError("--split needs --calibration C")
+        options = costs.with_branches(options, gpu, args.split)
+    scaled, fold = not args.no_input_scale, args.smooth == "fold"
+    how = costs.made_with(source, gpu, options, rounding, scaled, calibration, fold)
     probed = _probe(args) if calibration is None or args.weighting == "score" else None
     table = _table(source, args, how, calibration, probed)
     with stdout_of_libraries_to_stderr():

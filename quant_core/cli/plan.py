@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         made.save(args.output)
         if args.plot:
             write_text(args.plot, planned.svg(made))
-        print("\n".join([_plan_text(made, source), *planned.lines(made)]))
+        print("\n".join([_plan_text(made, source), *planned.lines(made, source)]))
         if args.print_convert_to_quant:
             chosen = {layer: entry.format for layer, entry in made.layers.items()}
             print(convert_to_quant.to_command(chosen, str(args.file), f"{args.file.stem}-quantized.safetensors"))

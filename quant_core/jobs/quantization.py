@@ -30,7 +30,7 @@ from ..planning.layout import (
     predicted_size,
 )
 from ..planning.plan import Plan
-from ..planning.targets import core_needed
+from ..planning.targets import core_needed, words
 from ..progress import Progress
 from ..reports.report import LayerReport, Report
 from ..rounding.choice import WITH_BIAS, Rounder
@@ -92,7 +92,8 @@ def quantize(
             names = str(source.path), str(output), source.architecture.name, plan.recipe
             runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
             sizes = source.checkpoint.nbytes(), writer.size
-            report = Report(*names, *sizes, layers=layers, needs_comfyui=core_needed(plan), runs=runs, folds=plan.folds)
+            report = Report(*names, *sizes, layers=layers, runs=runs, folds=plan.folds)
+            report = replace(report, needs_comfyui=core_needed(plan), words=words(plan, source))
             if beside:
                 report = replace(report, lora=str(beside.path), lora_bytes=beside.size)
             if verify:

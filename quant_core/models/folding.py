@@ -105,6 +105,17 @@ def input_factors(file: ModelFile, factors: Mapping[str, torch.Tensor]) -> dict[
     return inputs
 
 
+def output_factors(file: ModelFile, factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What folding s does to the outputs of each layer that produces, named without prefix: float32 [out]."""
+    known, outputs = groups(file), dict[str, torch.Tensor]()
+    for name, s in factors.items():
+        for part in known[name].producers:
+            if part.module in file.layers:  # a norm is none
+                layer, whole = part.module.removeprefix(file.prefix), torch.ones(file.shape(part.module)[0])
+                outputs.setdefault(layer, whole)[part.start : part.stop] /= s
+    return outputs
+
+
 class _Change:
     """Factors of rows and columns, and what is added; several folds may touch one tensor."""
 

@@ -30,13 +30,13 @@ from ..files.text import gigabytes
 from ..formats import SOURCE
 from ..models.source import Source
 from ..rounding.layerplan import LayerPlan
-from . import scoring
+from . import folds, scoring
 from .allocation import Item, Solution, least_bytes, least_damage
-from .costs import OPTIONS, CostTable, entries
-from .layout import layer_config, layer_specs
+from .costs import CostTable, entries, layer_plan
+from .layout import branch_size, branch_specs, layer_config, layer_specs
 from .plan import Plan
 from .recipes import RECIPES, calibrated, legal, make_plan, sized, summary
-from .targets import NATIVE
+from .targets import NATIVE, multiplications
 
 WEIGHTINGS = ("gradient", "hswq", "score", "uniform")
 KINDS = {"size": "a file of {} bytes", "bits": "{:g} bits a weight", "max_error": "an error of {:g}"}
@@ -46,10 +46,10 @@ ROUNDS = 5  # of solving again because the header turned out longer than estimat
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for. kind: ``size``, bytes of the whole file; ``bits``, all tensors of the layers that may be
-    quantized per weight of theirs; or ``max_error``, the total damage. tied: layers of a block that see one input
-    (q, k and v; gate and up) get one format. max_slow: the share of the multiplications of those layers that may run
-    outside native kernels.
+    """What is asked for. kind: ``size``, bytes of the whole file, with a split of both; ``bits``, all tensors of the
+    layers that may be quantized per weight of theirs; or ``max_error``, the total damage. tied: layers of a block that
+    see one input (q, k and v; gate and up) get one format. max_slow: the share of the multiplications of those layers
+    that may run outside native kernels.
     """
 
     kind: str
@@ -123,7 +123,7 @@ def _weights(
 
 @dataclass(frozen=True)
 class _Option:
-    """nbytes: of tensors. header: bytes that it adds to the header, but for the digits of offsets. slow: work outside
+    """nbytes: of tensors. header: bytes that it adds to headers, but for the digits of offsets. slow: work outside
     native kernels."""
 
     entry: LayerPlan
@@ -148,8 +148,9 @@ class _Budget:
         self._source, self._table, self._wish, self._weighting = source, table, wish, weighting
         self._calibration = calibration
         self._scales = calibration if table.made_with.input_scale else None
-        made = entries(source, table.made_with.options, self._scales)
-        self._work = {name: _multiplications(source, calibration, name) for name in table.layers}
+        seen = self._scales and folds.seen(source, table.folds, self._scales)
+        made = entries(source, table.made_with.options, seen)
+        self._work = {name: multiplications(source, calibration, name) for name in table.layers}
         self._layers = {
             name: {o: self._option(name, o, made[name][o], damage) for o, damage in damages[name].items()}
             for name in table.layers
@@ -157,14 +158,17 @@ class _Budget:
         self._groups = self._tie() if wish.tied else [([name], list(o)) for name, o in self._layers.items()]
         self._weights = sum(math.prod(source.shape(name)) for name in table.layers)
         least = self._assemble(least_bytes(self._items(self._file_bytes)))
-        self._fixed = least.size - sum(map(self._file_bytes, self._chosen(least)))  # bytes of all the rest of the file
+        # Bytes of all the rest of the file.
+        self._fixed = self._size(least) - sum(map(self._file_bytes, self._chosen(least)))
 
     def _option(self, name: str, option: str, entry: LayerPlan, damage: float) -> _Option:
         cost = self._table.layers[name][option]
         of = "output error as loaded" if self._table.measured else "weight error"
-        entry = replace(entry, reason=f"{of} {cost.error:.1e}, damage {damage:.1e}")
-        slow = 0.0 if cost.speed == NATIVE else self._work[name]
-        return _Option(entry, damage, cost.nbytes, _header(self._source, name, entry), slow)
+        branch = f"; branch of rank {entry.rank}" * bool(entry.rank)
+        entry = replace(entry, reason=f"{of} {cost.error:.1e}, damage {damage:.1e}{branch}")
+        rows, columns = self._source.shape(name)
+        slow = entry.rank * (1 / rows + 1 / columns) if cost.speed == NATIVE else 1.0
+        return _Option(entry, damage, cost.nbytes, _header(self._source, name, entry), slow * self._work[name])
 
     def _tie(self) -> list[tuple[list[str], list[str]]]:
         """Layers that see one input in one block, with the options that all of them have."""
@@ -176,7 +180,8 @@ class _Budget:
             groups.setdefault(key, []).append(name)
         tied = []
         for names in groups.values():
-            common = [o for o in OPTIONS if all(o in self._layers[name] for name in names)]
+            every = dict.fromkeys([*self._table.made_with.options, "bf16"])
+            common = [o for o in every if all(o in self._layers[name] for name in names)]
             if not common:
                 raise CalibQuantError(
                     f"{self._source.path}: layer {names[0]}: no format fits all of its tied layers: allow bf16"
@@ -222,17 +227,21 @@ class _Budget:
         name = f"{self._wish.kind.replace('_', '-')} {self._wish.amount:.12g}"
         seen = None if self._calibration is None else summary(self._calibration)
         made = Plan(source.architecture.name, name, source.name, layers, calibration=seen)
-        return sized(source, replace(made, gpu=self._table.made_with.gpu))
+        return sized(source, replace(made, gpu=self._table.made_with.gpu, folds=self._table.folds))
+
+    def _size(self, made: Plan) -> int:
+        """Of all that must be stored: the file, and a split's other one."""
+        return made.size + branch_size(self._source, made)
 
     def _chosen(self, made: Plan) -> list[_Option]:
         """The options of a plan, of this one or another; KeyError where the table does not know one."""
         found = []
         for name, entry in made.layers.items():
             if name in self._layers:
-                known = {(o.entry.format, o.entry.full_precision): o for o in self._layers[name].values()}
+                known = {_key(o.entry): o for o in self._layers[name].values()}
                 kept = sum(spec.nbytes for spec in layer_specs(self._source, name, LayerPlan(SOURCE, "")))
-                known.setdefault((SOURCE, False), _Option(entry, 0.0, kept, 0, self._work[name]))
-                found.append(known[entry.format, entry.full_precision])
+                known.setdefault(_key(LayerPlan(SOURCE, "")), _Option(entry, 0.0, kept, 0, self._work[name]))
+                found.append(known[_key(entry)])
             elif entry.format != SOURCE:
                 raise KeyError(name)
         return found
@@ -256,12 +265,12 @@ class _Budget:
             solution = least_damage(items, allowed, slow)
             if solution is None:
                 break
-            over = self._assemble(solution).size - self._wish.amount
+            over = self._size(self._assemble(solution)) - self._wish.amount
             if over <= 0:
                 return solution
             allowed -= over
         smallest = least_bytes(items, max_slow=slow)  # may fit where its estimate did not
-        return smallest if smallest and self._assemble(smallest).size <= self._wish.amount else None
+        return smallest if smallest and self._size(self._assemble(smallest)) <= self._wish.amount else None
 
     def _impossible(self, slow: float | None) -> CalibQuantError:
         if self._wish.kind == "max_error":
@@ -271,7 +280,8 @@ class _Budget:
         else:
             nbytes = self._file_bytes if self._wish.kind == "size" else lambda o: o.nbytes
             best = self._assemble(least_bytes(self._items(nbytes), max_slow=slow))
-            can = f"the smallest that these formats make is {best.size} bytes ({gigabytes(best.size)})"
+            size = self._size(best)
+            can = f"the smallest that these formats make is {size} bytes ({gigabytes(size)})"
             can += f", {self._bits(best):.3f} bits a weight"
         return CalibQuantError(f"{self._source.path}: {self._wish} cannot be had: {can}: allow more, or other formats")
 
@@ -289,6 +299,7 @@ class _Budget:
         points = [*self._uniform(), *self._recipes()]
         return {
             "error": self._error(made),
+            "size": self._size(made),  # with a split's other file
             "bits": self._bits(made),
             "native_share": 1 - slow,
             "weighting": self._weighting,
@@ -296,7 +307,7 @@ class _Budget:
             "gap": gap,
             "curve": self._curve(),
             "points": points,  # uniform plans and recipes, to be drawn beside the curve
-            "controls": _controls(points, made.size),
+            "controls": _controls(points, self._size(made)),
         }
 
     def _curve(self) -> list[dict[str, float]]:
@@ -317,9 +328,11 @@ class _Budget:
         """Every option wherever it fits, with what falls back in its place."""
         found = []
         for option in self._table.made_with.options:
-            fmt, full_precision = OPTIONS[option]
-            wish, infos = LayerPlan(fmt, f"every layer {option}", full_precision), self._source.layers
-            chosen = {n: legal(wish, infos[n], self._source.shape(n)) for n in self._layers}
+            wish, infos = replace(layer_plan(option), reason=f"every layer {option}"), self._source.layers
+            ranks = {n: wish.rank * (option in self._layers[n]) for n in self._layers}
+            if wish.rank and not any(ranks.values()):
+                continue
+            chosen = {n: legal(replace(wish, rank=r), infos[n], self._source.shape(n)) for n, r in ranks.items()}
             found += self._point(f"every layer {option}", self._plan(chosen))
         return found
 
@@ -331,11 +344,17 @@ class _Budget:
 
     def _point(self, name: str, made: Plan) -> list[dict[str, Any]]:
         """One plan as a point beside the curve; none where the table does not know all of its formats."""
+        made = sized(self._source, replace(made, folds=self._table.folds)) if self._table.folds else made
         made = made if self._scales is None else calibrated(self._source, made, self._scales)
         try:
-            return [{"name": name, "size": made.size, "error": self._error(made)}]
+            return [{"name": name, "size": self._size(made), "error": self._error(made)}]
         except KeyError:
             return []
+
+
+def _key(entry: LayerPlan) -> tuple[str, bool, int]:
+    """What tells a layer's options apart."""
+    return entry.format, entry.full_precision, entry.rank
 
 
 def _controls(points: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
@@ -347,15 +366,13 @@ def _controls(points: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     return found[:1] if len(found) == 2 and found[0] is found[1] else found
 
 
-def _multiplications(source: Source, calibration: Calibration | None, layer: str) -> float:
-    """Of one layer while the calibration ran; without one of one row."""
-    seen = calibration.layers.get(layer.removeprefix(source.prefix)) if calibration else None
-    return float(math.prod(source.shape(layer))) * (seen.count if seen else 1)
-
-
 def _header(source: Source, layer: str, entry: LayerPlan) -> int:
-    """Bytes of the file's header that are this layer's."""
+    """Bytes of the file's header that are this layer's, and of its branch's in the other file."""
     config = layer_config(entry, source.shape(layer))
     ours = {METADATA_KEY: json.dumps({layer: config})} if config else {}
     ours[PROVENANCE_KEY] = json.dumps({layer: [entry.format, entry.reason]}, ensure_ascii=False)
-    return len(make_header(layer_specs(source, layer, entry), ours)[0])
+    nbytes = len(make_header(layer_specs(source, layer, entry), ours)[0])
+    if entry.rank:  # said in both files
+        said, alone = json.dumps({layer: entry.rank}), Plan("", "", "", {layer: entry})
+        nbytes += len(make_header(branch_specs(source, alone), {PROVENANCE_KEY: said})[0]) + len(json.dumps(said))
+    return nbytes

@@ -2,6 +2,10 @@
 
 With a calibration every option is tried with the rounding that the file will have, on inputs that GPTQ was not fitted
 to; without one the probe's errors of the weights stand in. One layer is in memory at a time.
+
+A split makes more options of one: "nvfp4+r16" has a branch of rank 16, tried like the rest, and its bytes are those of
+both files. A fold is no option of a layer, for it is one with its neighbours' weights: it is chosen first, and the
+table is measured on the folded model, rotated formats too, as they will be in the file.
 """
 
 from __future__ import annotations
@@ -22,11 +26,17 @@ from ..evidence.calibration import Calibration
 from ..evidence.probe import Probe
 from ..files.text import parse_json, read_text, write_text
 from ..formats import SOURCE
+from ..models import folding
 from ..models.source import Source
 from ..progress import Progress
 from ..rounding.choice import SEARCH_PAYS, Rounder
 from ..rounding.layerplan import LayerPlan
+from ..rounding.split import WITHOUT, Branch
+from . import folds, splitting
+from .folding import folded
+from .folds import Fold
 from .layout import layer_specs
+from .plan import Plan
 from .recipes import legal, summary, with_input_scale
 from .targets import GPUS, TARGETS, rounds_inputs, speed
 
@@ -43,6 +53,11 @@ OPTIONS: dict[str, tuple[str, bool]] = {
     "mxfp8": ("mxfp8", False),
     "bf16": (SOURCE, False),
 }
+RANK = "+r"  # between an option's name and the rank of its branch
+RANKS = (0.5, 1, 2, 4)  # that a layer may choose from, times the wanted one
+# The first of these that a layer may become decides whether its inputs are folded: the smallest. W4A8 goes before
+# NVFP4, and says no: its rotated 8-bit inputs lose less than folded 4-bit ones, and a tenth more when folded.
+DECIDES = ("w4a8", "nvfp4", "w6a8", "int8", "fp8", "mxfp8")
 # Changes of a layer's outputs (input rows [n, in] -> [n, out]) -> the damage that they do to the model's prediction.
 Damage = Callable[[str, Callable[[torch.Tensor], torch.Tensor]], float]
 
@@ -52,7 +67,8 @@ class Cost:
     """One layer in one option.
 
     error: ||Y - Y'||^2 / ||Y||^2 of outputs as loaded, or of the weights where the table is guessed. nbytes: of the
-    layer's tensors in the file. speed: a word of ``targets.speed``. damage: what the gradient says of the error.
+    layer's tensors in the file, its branch in the other one included. speed: a word of ``targets.speed``. damage: what
+    the gradient says of the error.
     """
 
     error: float
@@ -71,14 +87,16 @@ class MadeWith:
     rounding: str
     input_scale: bool
     calibration: dict[str, Any] | None  # its summary; None: guessed
+    fold: bool = False
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Layer -> option -> cost, of the layers that a plan may quantize."""
+    """Layer -> option -> cost, of the layers that a plan may quantize, in the model with these folds."""
 
     made_with: MadeWith
     layers: dict[str, dict[str, Cost]] = field(default_factory=dict)
+    folds: dict[str, Fold] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:
@@ -102,12 +120,13 @@ def load(path: str | os.PathLike[str], made_with: MadeWith) -> CostTable:
             raise ValueError(f"format version {raw['format_version']}")
         found = MadeWith(**{**raw["made_with"], "options": tuple(raw["made_with"]["options"])})
         layers = {n: {o: _cost(cost) for o, cost in costs.items()} for n, costs in raw["layers"].items()}
+        chosen = folds.parse(raw.get("folds"), str(path), remedy)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CalibQuantError(f"{path}: is no cost table of this tool ({e!r}): {remedy}") from e
     theirs, ours = asdict(found), asdict(made_with)
     if other := [name for name in ours if theirs[name] != ours[name]]:
         raise CalibQuantError(f"{path}: was made with another {', '.join(other)}: {remedy}")
-    return CostTable(found, layers)
+    return CostTable(found, layers, chosen)
 
 
 def _cost(raw: Mapping[str, Any]) -> Cost:
@@ -133,6 +152,27 @@ def choose_options(names: str | None, gpu: str, comfyui: Path | None) -> tuple[s
     return tuple(name for name, (_, weight_only) in OPTIONS.items() if not weight_only and _readable(name, comfyui))
 
 
+def with_branches(options: tuple[str, ...], gpu: str, wanted: str) -> tuple[str, ...]:
+    """The options, and after each that rounds its inputs on this card the same with branches about the wanted rank."""
+    rank, share = splitting.amount(wanted)
+    if share:
+        raise OptionError(f"split {wanted}: the bytes follow from the size, bits or error: give a rank, such as 16")
+    ranks = sorted({max(1, round(rank * times)) for times in RANKS})
+    found = []
+    for option in options:
+        entry = layer_plan(option)
+        able = entry.format not in WITHOUT and rounds_inputs(entry, gpu)
+        found += [option, *(f"{option}{RANK}{rank}" for rank in ranks if able)]
+    return tuple(found)
+
+
+def layer_plan(option: str) -> LayerPlan:
+    """What an option's name says, without a reason."""
+    name, _, rank = option.partition(RANK)
+    fmt, weight_only = OPTIONS[name]
+    return LayerPlan(fmt, "", weight_only, rank=int(rank or 0))
+
+
 def _readable(option: str, comfyui: Path | None) -> bool:
     target = TARGETS.get(OPTIONS[option][0])
     if target is None or not target.word:
@@ -153,9 +193,9 @@ def entries(
             continue
         found[name] = {}
         for option in options:
-            fmt, full_precision = OPTIONS[option]
-            entry = legal(LayerPlan(fmt, "", full_precision), info, source.shape(name))
-            if entry.format == fmt:
+            wish = layer_plan(option)
+            entry = legal(wish, info, source.shape(name))
+            if entry.format == wish.format and 2 * wish.rank <= min(source.shape(name)):
                 entry = entry if calibration is None else with_input_scale(source, name, entry, calibration)
                 found[name][option] = entry
         found[name] = found[name] or {"bf16": LayerPlan(SOURCE, "")}
@@ -169,11 +209,12 @@ def made_with(
     rounding: str = "auto",
     input_scale: bool = True,
     calibration: Calibration | None = None,
+    fold: bool = False,
 ) -> MadeWith:
     seen = None
     if calibration is not None:
         seen = {**summary(calibration), "sensitivities": len(calibration.sensitivities)}
-    return MadeWith(source.checkpoint.fingerprint(), gpu, options, rounding, input_scale, seen)
+    return MadeWith(source.checkpoint.fingerprint(), gpu, options, rounding, input_scale, seen, fold)
 
 
 def measure(
@@ -183,23 +224,54 @@ def measure(
     device: torch.device,
     progress: Progress | None = None,
 ) -> CostTable:
-    """Every option of every layer, tried; with its damage where the calibration has the sensitivity of all of them."""
+    """Every option of every layer, tried; with its damage where the calibration has the sensitivity of all of them.
+
+    The calibration is the one that was collected, what the table folds is seen to here.
+    """
+    chosen = _folds(source, calibration, how, progress) if how.fold else {}
+    damage = _damage(source, calibration, chosen)
+    merge, calibration = folds.merge(source, chosen), folds.seen(source, chosen, calibration)
     rounder = Rounder(device, calibration, how.rounding, source.prefix)
     planned = entries(source, how.options, calibration if how.input_scale else None)
-    damage = _damage(calibration, {name.removeprefix(source.prefix) for name in planned})
     measured: dict[str, dict[str, Cost]] = {}
     for i, name in enumerate(
         sorted(planned, key=lambda n: _group(source, calibration, n))
     ):  # GPTQ's factors are shared
         if progress:
             progress(i, len(planned), name)
-        measured[name] = _measure_layer(source, name, planned[name], rounder, how.gpu, damage)
-    return CostTable(how, {name: measured[name] for name in planned})
+        able = {
+            option: entry
+            for option, entry in planned[name].items()
+            if not entry.rank
+            or (_pays(source, name, entry) and splitting.may_have_branch(source, name, entry, calibration))
+        }
+        measured[name] = _measure_layer(source, name, able, rounder, how.gpu, damage, merge)
+    return CostTable(how, {name: measured[name] for name in planned}, chosen)
 
 
-def _damage(calibration: Calibration, layers: set[str]) -> Damage | None:
-    known = calibration.sensitivities
-    return (lambda layer, changes: sensitivity.damage(known[layer], changes)) if layers <= known.keys() else None
+def _folds(source: Source, calibration: Calibration, how: MadeWith, progress: Progress | None) -> dict[str, Fold]:
+    """The folds that are best for the smallest format whose inputs this card rounds, layer by layer."""
+    layers = dict.fromkeys(source.layers, LayerPlan(SOURCE, ""))
+    for name, options in entries(source, how.options, calibration if how.input_scale else None).items():
+        rounding = [o for o in DECIDES if o in options and rounds_inputs(options[o], how.gpu)]
+        if rounding:
+            layers[name] = options[rounding[0]]
+    plan = Plan(source.architecture.name, "", source.name, layers)
+    return folded(source, plan, calibration, progress).folds
+
+
+def _damage(source: Source, calibration: Calibration, chosen: Mapping[str, Fold]) -> Damage | None:
+    """By the gradients of the model that was calibrated: a folded layer's inputs and outputs are taken back to it."""
+    known, factors = calibration.sensitivities, folds.factors(source, chosen)
+    if not {name.removeprefix(source.prefix) for name in entries(source, ())} <= known.keys():
+        return None
+    inputs, outputs = folding.input_factors(source, factors), folding.output_factors(source, factors)
+
+    def damage(layer: str, changes: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        fed, made = inputs.get(layer, 1.0), outputs.get(layer, 1.0)
+        return sensitivity.damage(known[layer], lambda rows: changes(rows * fed) / made)
+
+    return damage
 
 
 def _group(source: Source, calibration: Calibration, layer: str) -> str:
@@ -214,20 +286,49 @@ def _measure_layer(
     rounder: Rounder,
     gpu: str,
     damage: Damage | None,
+    merge: folding.Merge,
 ) -> dict[str, Cost]:
-    weight, where, key = source.load(name), f"{source.path}: layer {name}", f"{name}.bias"
-    bias = source.checkpoint.read(key) if key in source.checkpoint.entries else None
-    costs = {}
+    """A branch that is no better than none is no option: the file would have none either."""
+    weight, where = folding.merged(source.load(name), f"{name}.weight", merge), f"{source.path}: layer {name}"
+    bias, costs, widest = _bias(source, name, merge), dict[str, Cost](), dict[str, Branch]()
     for option, entry in options.items():
-        nbytes, kind = sum(spec.nbytes for spec in layer_specs(source, name, entry)), speed(entry, gpu)
+        nbytes, kind = _nbytes(source, name, entry), speed(entry, gpu)
         if entry.format == SOURCE:
             costs[option] = Cost(0.0, nbytes, kind, None if damage is None else 0.0)
             continue
+        base, branch = option.partition(RANK)[0], None
         as_run = replace(entry, full_precision=not rounds_inputs(entry, gpu))
-        tried = rounder.trial(name, as_run, weight, where, bias)
+        if entry.rank:
+            if base not in widest:
+                rank = max(e.rank for e in options.values())
+                widest[base] = rounder.branch(name, replace(as_run, rank=rank), weight, where)
+            branch = widest[base].first(entry.rank)
+            if branch.rank < entry.rank:  # fewer rows than that
+                continue
+        tried = rounder.trial(name, as_run, weight, where, bias, branch)
+        if branch and not tried.error < costs[base].error:
+            continue
         harm = None if damage is None else damage(name.removeprefix(source.prefix), tried.changes)
         costs[option] = Cost(tried.error, nbytes, kind, harm)
     return costs
+
+
+def _pays(source: Source, name: str, entry: LayerPlan) -> bool:
+    """Whether the layer with its branch is smaller than in 16 bit."""
+    return _nbytes(source, name, entry) < _nbytes(source, name, LayerPlan(SOURCE, ""))
+
+
+def _nbytes(source: Source, name: str, entry: LayerPlan) -> int:
+    branch = entry.rank * splitting.rank_bytes(source.shape(name)) if entry.rank else 0
+    return sum(spec.nbytes for spec in layer_specs(source, name, entry)) + branch
+
+
+def _bias(source: Source, name: str, merge: folding.Merge) -> torch.Tensor | None:
+    key = f"{name}.bias"
+    if key not in source.checkpoint.entries:
+        return None
+    bias = source.checkpoint.read(key)
+    return folding.merged(bias, key, merge).to(bias.dtype)
 
 
 def guess(source: Source, probed: Probe, how: MadeWith) -> CostTable:
@@ -238,7 +339,7 @@ def guess(source: Source, probed: Probe, how: MadeWith) -> CostTable:
         layers[name] = {
             option: Cost(
                 _guessed(errors[name], entry.format, how.rounding),
-                sum(spec.nbytes for spec in layer_specs(source, name, entry)),
+                _nbytes(source, name, entry),
                 speed(entry, how.gpu),
             )
             for option, entry in options.items()

@@ -72,20 +72,20 @@ def to_json(folds: Mapping[str, Fold]) -> dict[str, Any]:
 def merge(source: Source, folds: Mapping[str, Fold], first: Merge | None = None) -> Merge:
     """What folding does to each tensor of the file, after ``first`` (LoRA patches) has been added to it."""
     first = first or {}
-    changes = folding.functions(source, _factors(source, folds))
+    changes = folding.functions(source, factors(source, folds))
     both = {key: _after(first[key], change) for key, change in changes.items() if key in first}
     return {**first, **changes, **both}
 
 
 def seen(source: Source, folds: Mapping[str, Fold], calibration: Calibration) -> Calibration:
     """The calibration as the folded model would have given it."""
-    factors = folding.input_factors(source, _factors(source, folds))
-    return calibration.scaled(factors) if factors else calibration
+    inputs = folding.input_factors(source, factors(source, folds))
+    return calibration.scaled(inputs) if inputs else calibration
 
 
 def changed(source: Source, folds: Mapping[str, Fold]) -> list[str]:
     """The modules whose weights are not the original's, as the file names them."""
-    keys = folding.functions(source, _factors(source, folds))
+    keys = folding.functions(source, factors(source, folds))
     return sorted({key.rpartition(".")[0] for key in keys})
 
 
@@ -98,7 +98,7 @@ def reached(source: Source, folds: Mapping[str, Fold]) -> set[str]:
 
 def check(source: Source, folds: Mapping[str, Fold]) -> None:
     """CalibQuantError when folds are not of this model."""
-    _factors(source, folds)
+    factors(source, folds)
 
 
 def used(folds: Mapping[str, Fold]) -> dict[str, Fold]:
@@ -107,15 +107,14 @@ def used(folds: Mapping[str, Fold]) -> dict[str, Fold]:
 
 
 def summary(folds: Mapping[str, Fold]) -> list[str]:
-    """A line on all, one for each layer type, and one on LoRAs; nothing where there are no folds."""
+    """A line on all, and one for each layer type; nothing where there are no folds."""
     if not folds:
         return []
     kinds: dict[str, list[Fold]] = {}
     for name, fold in folds.items():
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), []).append(fold)
     lines = [f"folded smoothing: {_line(list(folds.values()))}"]
-    lines += [f"  {kind}: {_line(members)}" for kind, members in kinds.items()]
-    return [*lines, LORAS] if used(folds) else lines
+    return lines + [f"  {kind}: {_line(members)}" for kind, members in kinds.items()]
 
 
 def _line(folds: list[Fold]) -> str:
@@ -130,9 +129,9 @@ def _after(first: Any, then: Any) -> Any:
     return lambda tensor: then(first(tensor))
 
 
-def _factors(source: Source, folds: Mapping[str, Fold]) -> dict[str, torch.Tensor]:
+def factors(source: Source, folds: Mapping[str, Fold]) -> dict[str, torch.Tensor]:
     """s, float32 [width], of each group that is folded."""
-    known, factors = folding.groups(source) if folds else {}, {}
+    known, found = folding.groups(source) if folds else {}, {}
     for name, fold in folds.items():
         where = f"{source.path}: layer {source.prefix}{name}"
         if name not in known:
@@ -146,8 +145,8 @@ def _factors(source: Source, folds: Mapping[str, Fold]) -> dict[str, torch.Tenso
                 "make a plan for this file"
             )
         if fold.exponents:
-            factors[name] = torch.exp2(exponents.float())
-    return factors
+            found[name] = torch.exp2(exponents.float())
+    return found
 
 
 def _exponents(fold: Fold) -> torch.Tensor:

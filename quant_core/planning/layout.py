@@ -106,8 +106,7 @@ def output_metadata(
         provenance["folded"] = {"layers": folds.changed(source, plan.folds), "note": folds.LORAS}
     if ranks := plan.ranks():
         name, digest = branch
-        padding = " " * (LONGEST_NAME - len(name.encode("utf-8", "replace")))
-        provenance[SPLIT] = {"lora": name, "sha256": digest, "ranks": ranks, "padding": padding}
+        provenance[SPLIT] = {"lora": name, "sha256": digest, "ranks": ranks, "padding": _padding(name)}
     metadata = {k: v for k, v in source.checkpoint.metadata.items() if k not in (METADATA_KEY, PROVENANCE_KEY)}
     if ours or untouched:
         metadata[METADATA_KEY] = json.dumps({"format_version": "1.0", "layers": {**untouched, **ours}})
@@ -130,6 +129,16 @@ def branch_specs(source: Source, plan: Plan) -> list[TensorSpec]:
     return specs
 
 
+def branch_size(source: Source, plan: Plan) -> int:
+    """Exact bytes of a split's LoRA, whatever it is named; 0 for a plan without one."""
+    return file_size(branch_specs(source, plan), branch_metadata(source, plan, "")) if plan.ranks() else 0
+
+
+def _padding(name: str) -> str:
+    """So that files of any name have one size."""
+    return " " * (LONGEST_NAME - len(name.encode("utf-8", "replace")))
+
+
 def branch_metadata(
     source: Source, plan: Plan, name: str, sha256: str = HASH_PLACEHOLDER, merged: str = ""
 ) -> dict[str, str]:
@@ -141,6 +150,7 @@ def branch_metadata(
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
         "ranks": plan.ranks(),
         "load_with": "LoraLoaderBypassModelOnly at strength 1, never an ordinary LoRA loader",
+        "padding": _padding(name),
     }
     return {PROVENANCE_KEY: json.dumps(content, ensure_ascii=False)}
 

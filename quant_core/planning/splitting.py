@@ -27,6 +27,7 @@ from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
 from ..rounding.split import WITHOUT, spectrum
 from . import folds
+from .layout import branch_size
 from .plan import Plan
 from .recipes import sized
 
@@ -55,7 +56,7 @@ def split(source: Source, plan: Plan, calibration: Calibration, wanted: str, pro
     merge, calibration = folds.merge(source, plan.folds), folds.seen(source, plan.folds, calibration)
     if any(entry.pre_quant_scale for entry in plan.layers.values()):
         raise OptionError(f"a split and {smoothing.KEY} do not go together: leave one of them off")
-    able = [layer for layer, entry in plan.layers.items() if _may_have_branch(source, layer, entry, calibration)]
+    able = [layer for layer, entry in plan.layers.items() if may_have_branch(source, layer, entry, calibration)]
     gains = {}
     for i, layer in enumerate(able):
         if progress:
@@ -77,9 +78,8 @@ def split(source: Source, plan: Plan, calibration: Calibration, wanted: str, pro
 
 def summary(source: Source, plan: Plan) -> list[str]:
     """What a plan splits off, for whoever made it; [] for nothing."""
-    ranks = plan.ranks()
-    branch = sum(rank_bytes(source.shape(layer)) * rank for layer, rank in ranks.items())
-    return [f"split: {counted(len(ranks), 'layer')}, {gigabytes(branch)} more in a LoRA of their own"] if ranks else []
+    layers, branch = counted(len(plan.ranks()), "layer"), branch_size(source, plan)
+    return [f"split: {layers}, {gigabytes(branch)} more in a LoRA of their own ({branch} bytes)"] if branch else []
 
 
 def rank_bytes(shape: tuple[int, ...]) -> int:
@@ -102,7 +102,7 @@ def ranked(gains: dict[str, torch.Tensor], costs: dict[str, int], total: int) ->
     return ranks
 
 
-def _may_have_branch(source: Source, layer: str, entry: LayerPlan, calibration: Calibration) -> bool:
+def may_have_branch(source: Source, layer: str, entry: LayerPlan, calibration: Calibration) -> bool:
     seen = calibration.layers.get(layer.removeprefix(source.prefix))
     quantized = (
         entry.format in FORMATS

@@ -8,6 +8,7 @@ the file is as small, but no faster than 16 bit.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from pathlib import Path
 import torch
 
 from ..errors import CalibQuantError
-from ..files.text import counted
+from ..evidence.calibration import Calibration
 from ..locate import find_comfyui
-from ..rounding import smoothing
+from ..models.source import Source
+from ..rounding import smoothing, split
 from ..rounding.layerplan import LayerPlan
+from . import folds
 from .plan import Plan
 
 LEAST_CORE = "0.29"  # that this pack supports at all
@@ -34,6 +37,7 @@ class Target:
     formats it rounds no input on a card below ``capability`` (``comfy/ops.py``: "emulated ops"). core: the first
     ComfyUI that reads it. word: what its ``comfy/quant_ops.py`` then holds. kitchen: the first comfy-kitchen whose
     kernels do, and a module that it has. silent: an older ComfyUI loads the file without an error, and draws noise.
+    lora: what a LoRA by an ordinary loader does to the final latent's error (benchmarks/lora_after.py).
     """
 
     title: str
@@ -45,6 +49,7 @@ class Target:
     kitchen: tuple[str, str] | None = None
     silent: bool = False
     always: bool = False
+    lora: str = ""
 
     def missing(self, comfyui: Path) -> bool:
         """Whether the ComfyUI in this folder cannot read it (with the comfy-kitchen installed here)."""
@@ -59,13 +64,13 @@ class Target:
 
 _W4A8 = {"capability": "8.0", "cards": "RTX 30 and newer", "core": "0.31", "word": '"asym_w4a8_int8"', "always": True}
 TARGETS: dict[str, Target] = {
-    "nvfp4": Target("NVFP4", 4.5, "10.0", "RTX 50"),
-    "asym_w4a8_int8": Target("W4A8", 4.5, **_W4A8),
+    "nvfp4": Target("NVFP4", 4.5, "10.0", "RTX 50", lora=".0004 -> .022"),
+    "asym_w4a8_int8": Target("W4A8", 4.5, **_W4A8, lora=".0003 -> .005"),
     "asym_w6a8_int8": Target("W6A8", 6.5, **_W4A8, kitchen=("0.2.38", "comfy_kitchen.tensor.w4a8_packed")),
-    "mxfp8": Target("MXFP8", 8.25, "10.0", "RTX 50"),
-    "float8_e4m3fn": Target("FP8", 8.0, "8.9", "RTX 40 and newer with a calibration"),
-    "int8_convrot": Target("INT8 ConvRot", 8.0, "7.5", "RTX 20 and newer", always=True),
-    "int8_tensorwise": Target("INT8", 8.0, "7.5", "RTX 20 and newer", always=True),
+    "mxfp8": Target("MXFP8", 8.25, "10.0", "RTX 50", lora=".0001 -> .001"),
+    "float8_e4m3fn": Target("FP8", 8.0, "8.9", "RTX 40 and newer with a calibration", lora=".0001 -> .0007"),
+    "int8_convrot": Target("INT8 ConvRot", 8.0, "7.5", "RTX 20 and newer", always=True, lora="1e-5 -> 5e-5"),
+    "int8_tensorwise": Target("INT8", 8.0, "7.5", "RTX 20 and newer", always=True, lora="1e-5 -> 5e-5"),
     "float8_e4m3fn_unscaled": Target("FP8 without scale", 8.0),
 }
 # Cards, newest first -> the least compute capability of theirs. "any": of nothing newer than the oldest is anything
@@ -120,21 +125,63 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
-def words(plan: Plan, gpu: str) -> list[str]:
-    """What to expect of a file of this plan on this card: its speed, the core that it needs, what LoRAs do to it."""
-    quantized = plan.quantized()
-    speeds = Counter(speed(entry, gpu) for entry in plan.layers.values())
-    kinds = ", ".join(f"{speeds[kind]} {kind}" for kind in (NATIVE, EMULATED, WIDE) if speeds[kind])
-    lines = [f"on {'any card' if gpu == ANY else gpu.capitalize()}: layers {kinds}"]
-    if speeds[EMULATED]:
-        lines[0] += "; emulated ones are unpacked to 16 bit at every step: small, but no faster"
-    lines.append(f"needs ComfyUI {core_needed(plan)} or newer")
-    if quantized:
-        lines.append(
-            f"LoRAs: bake them in first; a LoRA loaded on top makes ComfyUI round what it touches of "
-            f"{counted(len(quantized), 'layer')} anew, to nearest"
-        )
-    return lines
+def words(plan: Plan, source: Source | None = None) -> list[str]:
+    """What to expect of a file of this plan: its speed on the card that it is for, the core it needs, its LoRAs.
+
+    source: what it is made of, so that layers count by their work.
+    """
+    speeds = [_speeds(plan, source) if plan.gpu else _cards(plan)] if plan.quantized() else []
+    return [*speeds, f"needs ComfyUI {core_needed(plan)} or newer", *_loras(plan)]
+
+
+def multiplications(source: Source, calibration: Calibration | None, layer: str) -> float:
+    """Of one layer while the calibration ran; without one of one row."""
+    seen = calibration.layers.get(layer.removeprefix(source.prefix)) if calibration else None
+    return float(math.prod(source.shape(layer))) * (seen.count if seen else 1)
+
+
+def _speeds(plan: Plan, source: Source | None) -> str:
+    """Which share of the linear work runs how."""
+    calibration = plan.seen() if plan.seen else None
+    work, of = dict.fromkeys(plan.layers, 1.0), "layers"
+    if source is not None:
+        work = {layer: multiplications(source, calibration, layer) for layer in plan.layers}
+        of = "linear work" if calibration else "linear weights"
+    total = sum(work.values()) or 1.0
+    shares = Counter[str]()
+    for layer, entry in plan.layers.items():
+        shares[speed(entry, plan.gpu)] += work[layer] / total
+    how = {NATIVE: "in native kernels", EMULATED: "emulated", WIDE: "in 16 bit"}
+    told = ", ".join(f"{100 * shares[kind]:.0f} % {words}" for kind, words in how.items() if shares[kind])
+    unpacked = "; emulated ones are unpacked to 16 bit at every step: small, but no faster" * bool(shares[EMULATED])
+    return f"on {'any card' if plan.gpu == ANY else plan.gpu.capitalize()}: of the {of} {told}{unpacked}"
+
+
+def _cards(plan: Plan) -> str:
+    """Where a file that is for no card in particular is fast."""
+    running = {entry.format for entry in plan.quantized().values() if not entry.full_precision}
+    fast = [f"{target.title} on {target.cards}" for fmt, target in TARGETS.items() if fmt in running and target.cards]
+    elsewhere = "unpacked to 16 bit at every step: small, but no faster"
+    return f"fast: {', '.join(fast)}; elsewhere {elsewhere}" if fast else f"on every card {elsewhere}"
+
+
+def _loras(plan: Plan) -> list[str]:
+    """What LoRAs do to the file."""
+    entries = plan.quantized()
+    if folds.used(plan.folds) or any(entry.pre_quant_scale for entry in entries.values()):
+        return [folds.LORAS]
+    if not entries:
+        return []
+    costs = {fmt: f"{TARGETS[fmt].title} {TARGETS[fmt].lora}" for fmt in plan.count() if fmt in TARGETS}
+    known = [costs[fmt] for fmt in costs if TARGETS[fmt].lora]
+    error = f" (final latent's error, demo model: {', '.join(known)})" * bool(known)
+    int8 = {fmt for fmt in costs if fmt in split.WITHOUT}
+    if int8 == set(costs):
+        return [f"LoRAs: bake them in, or load them as usual{error}; newer ComfyUI loses a bypass LoRA on INT8 layers"]
+    after = "after Load Split Model" if plan.ranks() else "(Load LoRA (Bypass, Model Only))"
+    lost = "; on INT8 layers newer ComfyUI loses it" * bool(int8)
+    anew = f"an ordinary loader rounds anew what it touches{error}"
+    return [f"LoRAs: bake them in, or use a bypass loader {after}{lost}; {anew}"]
 
 
 def describe(fmt: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from ..files.text import gigabytes
+from ..models.source import Source
 from ..planning.plan import Plan
 from ..planning.targets import words
 
@@ -21,11 +22,9 @@ MEANING = {
 GUESSED = "guessed: without a calibration only the rounding of weights is known, not that of inputs"
 
 
-def lines(plan: Plan) -> list[str]:
-    """Error, size and speed as predicted, what else the bytes could buy, the curve. Nothing for a plan without card."""
-    if not plan.gpu:
-        return []
-    return [*(_predicted(plan, plan.predicted) if plan.predicted else []), *words(plan, plan.gpu)]
+def lines(plan: Plan, source: Source | None = None) -> list[str]:
+    """Error and size as predicted, what else the bytes could buy, the curve; what to expect of the file."""
+    return [*(_predicted(plan, plan.predicted) if plan.predicted else []), *words(plan, source)]
 
 
 def _predicted(plan: Plan, found: dict[str, Any]) -> list[str]:
@@ -35,7 +34,6 @@ def _predicted(plan: Plan, found: dict[str, Any]) -> list[str]:
     return [
         head + f" at {found['bits']:.2f} bits a weight, within {100 * found['gap']:.2g} % of the best possible",
         *([] if found["measured"] else [GUESSED]),
-        f"{100 * found['native_share']:.0f} % of the multiplications of these layers in native kernels",
         *(f"control: {p['name']}, {gigabytes(p['size'], plan.size)}: {p['error']:.2e}" for p in found["controls"]),
         "size and least error:",
         *table,
@@ -45,7 +43,7 @@ def _predicted(plan: Plan, found: dict[str, Any]) -> list[str]:
 def svg(plan: Plan) -> str:
     """The curve with the plan and all one-format plans and recipes as points; errors of 0 have no place on it."""
     found = plan.predicted or {"curve": [], "points": [], "error": 0.0}
-    here = {"name": "this plan", "size": plan.size, "error": found["error"]}
+    here = {"name": "this plan", "size": found.get("size", plan.size), "error": found["error"]}
     points = [p for p in [*found["points"], here] if p["error"] > 0]
     curve = [p for p in found["curve"] if p["error"] > 0]
     x = _axis([p["size"] for p in points + curve], MARGIN, WIDTH - MARGIN)

@@ -60,6 +60,7 @@ class Report(Compared):
     folds: dict[str, Fold] = field(default_factory=dict)  # by group; see planning.folds
     lora: str = ""  # the file without which a split one is wrong
     lora_bytes: int = 0
+    words: list[str] = field(default_factory=list)  # what to expect of the file (planning.targets)
 
     def count(self) -> dict[str, int]:
         counts = Counter(layer.format for layer in self.layers)
@@ -82,7 +83,7 @@ class Report(Compared):
         return json.dumps(entries, indent=1) + "\n"
 
     def summary(self) -> str:
-        """Three lines for the node and the terminal: size, layers per format, worst layer."""
+        """For the node and the terminal: size, layers per format, worst layer, and all that was said of it."""
         saved = 100 * (1 - self.bytes_after / self.bytes_before) if self.bytes_before else 0.0
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in self.count().items())
         lines = [
@@ -92,10 +93,8 @@ class Report(Compared):
         worst = self.worst()
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
-        if self.needs_comfyui:
-            lines.append(f"needs ComfyUI {self.needs_comfyui} or newer")
-        folded = folding.summary(self.folds)
-        return "\n".join([*lines, *self._split(), *self._rounding(), *self._compromises(), *self._gains(), *folded])
+        measured = [*self._rounding(), *self._compromises(), *self._gains(), *folding.summary(self.folds)]
+        return "\n".join([*lines, *self.words, *self._split(), *measured])
 
     def _split(self) -> list[str]:
         """How to load a file that is wrong by itself."""

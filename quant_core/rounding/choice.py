@@ -98,13 +98,21 @@ class Rounder:
         return self._best(task, self._shared_factor)
 
     def trial(
-        self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
+        self,
+        layer: str,
+        entry: LayerPlan,
+        weight: torch.Tensor,
+        where: str,
+        bias: torch.Tensor | None = None,
+        branch: split.Branch | None = None,
     ) -> Trial:
         """What ``round`` would cost, measured on JUDGED_OUTPUTS of the outputs: a small part of its time.
 
-        As for ``round``; entries with a rounding of their own or with ``pre_quant_scale`` cannot be tried.
+        As for ``round``; entries with a rounding of their own or with ``pre_quant_scale`` cannot be tried. branch: of
+        this layer, which is split off first.
         """
         task = self._task(layer, entry, weight, where, bias)
+        task = task.without(branch) if branch else task
         factor: gptq.Factor | str = ""
         if task.inputs and self._rounding != "nearest":
             few = gptq.too_few(task.inputs.rows, gptq.MIN_ROWS)
@@ -114,6 +122,11 @@ class Rounder:
         decoded = tried.decoded[name.removesuffix(WITH_BIAS)]
         error = tried.loader if name == tried.best else tried.errors[name]
         return Trial(name, error, lambda rows: changes(task, tried, decoded, rows.float()))
+
+    def branch(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str) -> split.Branch:
+        """Of the planned rank, for a ``trial``: fitted to other runs than those that judge it."""
+        task = self._task(layer, entry, weight, where, None)
+        return self._branch(task, _inputs_for_branch(task).fitted)
 
     def _task(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None) -> Task:
         seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
@@ -189,17 +202,15 @@ class Rounder:
 
         On trial the branch, too, is fitted to other runs than those that judge it.
         """
-        if task.inputs is None or not len(task.inputs.rows):
-            raise CalibQuantError(f"{task.where}: a branch needs a calibration with rows of this layer: give one")
-        refuse_damaged(task.weight, task.where)
+        inputs = _inputs_for_branch(task)
         plain = self._choose(task, self._shared_factor)
-        branch = self._branch(task, task.inputs.fitted)
+        branch = self._branch(task, inputs.fitted)
         rest = self._choose(task.without(branch), self._shared_factor)
         if not rest.tried.loader < plain.tried.loader:
             nothing = split.none(tuple(task.weight.shape), task.entry.rank)
             return replace(self._finished(task, plain), note="the branch was no better than none", branch=nothing)
-        if task.inputs.runs:
-            branch, rest = self._branch(task, task.inputs.rows), replace(rest, packed=None)
+        if inputs.runs:
+            branch, rest = self._branch(task, inputs.rows), replace(rest, packed=None)
         done = self._finished(task.without(branch), rest)
         packed = replace(done.packed, energy=squared_norm(task.weight.float()))
         return replace(done, packed=packed, branch=branch, unsplit_error=plain.tried.loader)
@@ -283,6 +294,13 @@ class Rounder:
 
 def _nbytes(kept: gptq.Factor | str) -> int:
     return 0 if isinstance(kept, str) else kept.nbytes
+
+
+def _inputs_for_branch(task: Task) -> Inputs:
+    if task.inputs is None or not len(task.inputs.rows):
+        raise CalibQuantError(f"{task.where}: a branch needs a calibration with rows of this layer: give one")
+    refuse_damaged(task.weight, task.where)
+    return task.inputs
 
 
 def _note(factor: gptq.Factor | str, best: str, last: str) -> str:

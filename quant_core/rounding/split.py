@@ -32,9 +32,17 @@ class Branch:
     up: torch.Tensor
     down: torch.Tensor
 
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
     def product(self) -> torch.Tensor:
         """float32 [out, in]."""
         return self.up.float() @ self.down.float()
+
+    def first(self, rank: int) -> Branch:
+        """The best branch of a lower rank: its leading directions come first."""
+        return Branch(self.up[:, :rank], self.down[:rank])
 
 
 def none(shape: tuple[int, ...], rank: int) -> Branch:
