@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .options import path, positive
-
-if TYPE_CHECKING:
-    pass
 
 HELP = "the whole job on the model that ships with the pack"
 
 
 def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--out", type=path, default=Path("calibquant-demo"), metavar="DIR")
-    c.add_argument("--seeds", type=positive, default=2, help="seeds per digit when a ComfyUI is found (default 2)")
+    c.add_argument("--seeds", type=positive, default=2, help="seeds per digit (default 2)")
 
 
 def run(args: argparse.Namespace) -> None:

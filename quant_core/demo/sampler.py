@@ -6,6 +6,7 @@ Latents equal those of ComfyUI's KSampler (``nodes/sample_digits.py``) but for t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -45,17 +46,17 @@ def sample(model: Wan, seeds: Sequence[int], steps: int = STEPS, step: Step = la
     count = len(text) // len(seeds)
     x = torch.cat([noise(seed).expand(count, -1, -1, -1, -1) for seed in seeds])
     schedule = sigmas(steps)
-    for number, (now, then) in enumerate(zip(schedule, schedule[1:], strict=False)):
+    for number, (now, then) in enumerate(pairwise(schedule)):
         step(number, now)
         x = x + model(x, torch.full((len(x),), now * TIMES), text) * (then - now)
     return digits.to_wan_space(x).clone().unflatten(0, (len(seeds), count))
 
 
 def calibrate(
-    model: Wan, architecture: Architecture, seeds: Sequence[int], rows: int, step: Step = lambda *_: None
+    model: Wan, architecture: Architecture, seeds: Sequence[int], step: Step = lambda *_: None
 ) -> Calibration:
     """What every layer sees while all digits are drawn, one run a seed."""
-    collector = Collector(lambda layer: architecture.describe(layer).shared_input, rows)
+    collector = Collector(lambda layer: architecture.describe(layer).shared_input)
 
     def called(number: int, sigma: float) -> None:
         collector.model_call(torch.tensor(sigma), [0])
