@@ -78,9 +78,10 @@ def sentence(rows: Sequence[Row], nearest: str, calibrated: str) -> str:
     """What was shown, of the two named rows and the first."""
     named = {row.made.name: row for row in rows}
     source, plain, best = rows[0], named[nearest], named[calibrated]
+    share = best.made.nbytes / source.made.nbytes
     text = (
-        f"Shown: the calibrated 4-bit file ({calibrated}) has {100 * best.made.nbytes / source.made.nbytes:.0f} % of the "
-        f"16-bit one's bytes, and {100 * best.read():.0f} % of its digits are read as asked (16-bit: {100 * source.read():.0f} %)"
+        f"Shown: the calibrated 4-bit file ({calibrated}) has {100 * share:.0f} % of the 16-bit one's bytes, and "
+        f"{100 * best.read():.0f} % of its digits are read as asked (16-bit: {100 * source.read():.0f} %)"
     )
     scores = [ssim(row.images, source.images) for row in (best, plain)]
     if None in scores:

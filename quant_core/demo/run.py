@@ -55,14 +55,17 @@ class Bar:
         self._bar.close()
 
 
-def run(out: str | os.PathLike[str], seeds: int = 2) -> str:
-    """Do it all and return the table as text. Files land in ``out``, which is made; older demo files are replaced."""
+def run(out: str | os.PathLike[str], seeds: int = 2, use_comfyui: bool = True) -> str:
+    """Do it all and return the table as text. Files land in ``out``, which is made; older demo files are replaced.
+
+    use_comfyui: let a ComfyUI draw where one is found.
+    """
     out, model = Path(out), asset(MODEL)
     if not model.exists():
         raise CalibQuantError(f"{model}: the demo model is missing: reinstall the pack")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        comfyui = find_comfyui()
+        comfyui = find_comfyui() if use_comfyui else None
     except OSError as e:
         raise CalibQuantError(f"{out}: {e}") from e
     with Source(model) as source:
@@ -118,7 +121,7 @@ def _quantize(
 def _draw(made: Sequence[Made], comfyui: Path | None, npz: Path, seeds: int, bar: Bar) -> tuple[list[Row], list[str]]:
     """Rows in the order of ``made``, and lines that say who drew."""
     loaded = [each.path for each in made if comfyui and each.loads_in(comfyui)]
-    drawn, who = {}, "drawn by the built-in reference sampler (no ComfyUI found)"
+    drawn, who = {}, "drawn by the built-in reference sampler"
     if comfyui:
         try:
             with bar.piece(STARTING + DRAWING * len(loaded), "ComfyUI draws") as progress:

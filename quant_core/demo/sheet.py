@@ -29,7 +29,10 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     size = CAPTION + 2 * strip + 3 * GAP, TITLE + len(rows) * (SIDE + GAP)
     sheet = Image.new("RGB", size, PAPER)
     pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(12)
-    for x, title in ((CAPTION, "what each file draws"), (CAPTION + strip + GAP, f"difference from 16-bit, × {LOUDER}")):
+    for x, title in (
+        (CAPTION, "what each file draws"),
+        (CAPTION + strip + GAP, f"difference, {LOUDER} times"),
+    ):
         pen.text((x, TITLE / 2), title, INK, large, anchor="lm")
     reference = rows[0].images
     for number, row in enumerate(rows):

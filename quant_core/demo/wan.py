@@ -19,6 +19,7 @@ from ..errors import CalibQuantError
 from ..jobs import QuantizedFile
 from ..planning import targets
 from ..rounding.judge import as_loaded
+from ..rounding.layerplan import LayerPlan
 
 HEAD = 128  # channels of an attention head
 FREQUENCIES = 256  # of the time embedding
@@ -27,6 +28,7 @@ EPS = 1e-6
 PATCH = (1, 2, 2)  # frames, rows and columns of a latent that become one token
 UNQUANTIZED_CARD = "turing"  # no kernels for FP4 or FP8: inputs stay 16-bit there, as on a CPU; INT8 runs everywhere
 
+FP8 = "F8_E4M3"
 Feed = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -158,7 +160,18 @@ def load(path: str | os.PathLike[str], gpu: str = UNQUANTIZED_CARD) -> Wan:
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[0] not in layers:
                 parameter.data.copy_(file.checkpoint.read(file.prefix + name))
+            if _becomes_fp8(file, gpu) and not name.startswith("patch_embedding."):
+                parameter.data = parameter.to(torch.float8_e4m3fn).float()
     return model.requires_grad_(False)
+
+
+def _becomes_fp8(file: QuantizedFile, gpu: str) -> bool:
+    """Whether ComfyUI holds the whole model in FP8, biases and norms too: plain FP8 weights on a card that has FP8.
+
+    See ``unet_dtype`` in its ``comfy/model_management.py``.
+    """
+    plain = FP8 in (entry.dtype for entry in file.checkpoint.entries.values()) and not file.configs
+    return plain and targets.speed(LayerPlan("float8_e4m3fn", ""), gpu) == targets.NATIVE
 
 
 def _of_its_size(file: QuantizedFile) -> Wan:
