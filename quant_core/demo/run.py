@@ -111,6 +111,7 @@ def _quantize(
     source: Source, recipe: recipes.Recipe, name: str, seen: Calibration | None, out: Path, progress: Progress
 ) -> Made:
     plan = recipes.make_plan(source, recipe)
+    plan = plan if seen is None else recipes.calibrated(source, plan, seen)
     path, rounding = out / f"digits-{name}.safetensors", "nearest" if seen is None else "gptq"
     options = {"overwrite": True, "calibration": seen, "rounding": rounding, "verify": True, "progress": progress}
     report = jobs.quantize(source, plan, path, **options)
