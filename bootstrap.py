@@ -5,6 +5,8 @@
     python bootstrap.py test [arguments of pytest]
 
 Makes `.venv` beside this file and installs what the command needs, once: a stamp in `.venv` makes later runs quick.
+`demo` works without a ComfyUI: a small sampler of its own draws then. On a terminal it offers to bring ComfyUI
+(--comfyui: yes, --no-comfyui: no, neither asked again): one shallow clone of a release into `.comfyui`.
 With a second, newer ComfyUI at hand (COMFYUI_PATH_NEW, or beside the first with "-next" after its name) `test` makes
 `.venv-next` for it and runs there, after all tests with the first, those that a core can change.
 A Linux machine without an NVIDIA GPU gets the CPU build of torch, never the CUDA one. With a ComfyUI present
@@ -23,7 +25,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from quant_core.locate import ROOT, find_comfyui, find_newer_comfyui
+from quant_core.locate import BROUGHT, ROOT, find_comfyui, find_newer_comfyui
 
 NEWER = ROOT / ".venv-next"
 SHIMS = ROOT / "tests" / "shims"  # see torch_shims.py there
@@ -35,6 +37,11 @@ PEERS = ("convert-to-quant==1.3.4", "prodigy-plus-schedule-free")
 VISION = ("torchvision", "torchaudio")
 NO_DEPS = ("spandrel", "kornia")
 NO_DEPS_NEED = ("kornia-rs",)  # what those two need besides what ComfyUI already brings
+
+# The newest release that the tests have run with.
+COMFYUI_URL, COMFYUI_TAG = "https://github.com/comfyanonymous/ComfyUI.git", "v0.33.0"
+CLONING = 600  # seconds at most; a line that stalls for 20 ends it sooner
+STALLED = ("-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=20")
 
 COMMANDS = {  # command: (extra to install, arguments of the virtual environment's python)
     "demo": ("metrics", ["-m", "quant_core.cli", "demo"]),
@@ -184,6 +191,61 @@ def ensure_installed(into: Environment, command: str) -> None:
     stamps[0].write_text(wanted, encoding="utf-8")
 
 
+def wants_comfyui(arguments: list[str]) -> bool:
+    """Whether to bring a ComfyUI: as the arguments say, else as a person at the terminal says; never unasked."""
+    if "--no-comfyui" in arguments or "--comfyui" in arguments:
+        return "--comfyui" in arguments
+    if not (sys.stdin.isatty() and sys.stderr.isatty()) or os.environ.get("CI"):
+        say("no ComfyUI found: a small built-in sampler draws (--comfyui brings one)")
+        return False
+    say(f"no ComfyUI found. Bring {COMFYUI_TAG} to draw with (1 GB with its packages, minutes)?")
+    say("without it a small built-in sampler draws the same pictures, and the demo starts at once")
+    print("bootstrap: bring ComfyUI? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def bring_comfyui(url: str = COMFYUI_URL, tag: str = COMFYUI_TAG, into: Path = BROUGHT) -> Path | None:
+    """Clone a release; None, with one line that says why, where that fails. Half a clone never has the final name."""
+    say(f"bringing ComfyUI {tag} from {url} into {into.name}")
+    part = into.with_name(into.name + ".partial")
+    shutil.rmtree(part, ignore_errors=True)
+    command = ["git", *STALLED, "clone", "--quiet", "--depth", "1", "--branch", tag, url, str(part)]
+    quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    try:
+        done = subprocess.run(
+            command, env=quiet, timeout=CLONING, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        if done.returncode == 0 and (part / "main.py").is_file():
+            shutil.rmtree(into, ignore_errors=True)
+            part.rename(into)
+            return into
+        why = (done.stderr.strip().splitlines() or ["it holds no main.py"])[-1]
+    except FileNotFoundError:
+        why = "git is not installed"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    say(f"no ComfyUI brought ({why}): the built-in sampler draws")
+    return None
+
+
+def demo(comfyui: Path | None, arguments: list[str]) -> int:
+    if "--no-comfyui" in arguments:
+        comfyui = None
+    elif comfyui is None and wants_comfyui(arguments):
+        comfyui = bring_comfyui()
+    arguments = [argument for argument in arguments if argument != "--comfyui"]  # the rest is `calibquant demo`'s
+    where = Environment(ROOT / ".venv", comfyui)
+    if comfyui == BROUGHT:
+        try:
+            ensure_installed(where, "demo")
+        except SetupError as error:
+            say(f"the ComfyUI in {BROUGHT.name} is left out ({error})")
+            where, arguments = Environment(where.folder, None), [*arguments, "--no-comfyui"]
+    return run("demo", where, arguments)
+
+
 def run(command: str, where: Environment, arguments: list[str]) -> int:
     """Install what the command needs and run it there; its exit code."""
     ensure_installed(where, command)
@@ -217,10 +279,12 @@ def main(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     try:
         comfyui = find_comfyui()
+        if command == "demo":
+            return demo(comfyui, rest)
         if comfyui is None:
             say("no ComfyUI found, so what needs one is left out (COMFYUI_PATH=folder names one)")
         code = run(command, Environment(ROOT / ".venv", comfyui), rest)
-        if command == "test" and code != INTERRUPTED:
+        if code != INTERRUPTED:
             code = run_on_newer_core(rest) or code
         return code
     except (SetupError, OSError, subprocess.CalledProcessError) as error:

@@ -7,16 +7,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parent.parent  # not resolve(): a link in custom_nodes must still see its ComfyUI
 
+BROUGHT = ROOT / ".comfyui"  # where bootstrap.py puts the ComfyUI that it brings
+
 
 def find_comfyui() -> Path | None:
-    """Folder of the ComfyUI to work with: COMFYUI_PATH, else the one this checkout sits in, else ~/comfy/ComfyUI.
+    """Folder of the ComfyUI to work with: COMFYUI_PATH, else the one this checkout sits in, else ~/comfy/ComfyUI, else
+    the one that bootstrap.py brought.
 
     Raises FileNotFoundError when COMFYUI_PATH is set but holds no main.py: a typo must not pass as "no ComfyUI".
     """
     if named := _named("COMFYUI_PATH"):
         return named
     candidates = [ROOT.parent.parent] if ROOT.parent.name == "custom_nodes" else []
-    candidates.append(Path.home() / "comfy" / "ComfyUI")
+    candidates += [Path.home() / "comfy" / "ComfyUI", BROUGHT]
     return next((path for path in candidates if (path / "main.py").is_file()), None)
 
 
