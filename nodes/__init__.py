@@ -11,6 +11,7 @@ from .calibrate import (
     CalibQuantSaveCalibration,
 )
 from .comfyui import folders
+from .easy import CalibQuantEasy
 from .lora import CalibQuantErrorLora, CalibQuantLoadSplit
 from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
     *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity),
+    CalibQuantEasy,
 ]
 
 

@@ -60,6 +60,17 @@ def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Te
     return merge, digest.hexdigest() if merge else ""
 
 
+def source_path(model: Any) -> Path:
+    """The file that the MODEL was loaded from; CalibQuantError when it does not say which."""
+    path = _path_of(model)
+    if path is None or not _source_of(model):
+        raise CalibQuantError(
+            "the linked MODEL does not say which file it was loaded from: load it with Load Diffusion Model or Load "
+            "Checkpoint, or unlink it and choose model_name"
+        )
+    return path
+
+
 def leaves_trail(model: Any) -> bool:
     """Whether the MODEL says which file it was loaded from. Of one that does not, only names and shapes are known."""
     return bool(_source_of(model))
@@ -120,10 +131,15 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
     }
 
 
-def _source_of(model: Any) -> dict[str, str]:
+def _path_of(model: Any) -> Path | None:
     loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
     path = next(iter(loader[1]), None) if loader else None
-    if not isinstance(path, str):
+    return Path(path) if isinstance(path, str) else None
+
+
+def _source_of(model: Any) -> dict[str, str]:
+    path = _path_of(model)
+    if path is None:
         return {}
     try:
         with Headers(path) as source:

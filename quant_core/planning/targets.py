@@ -71,7 +71,7 @@ TARGETS: dict[str, Target] = {
 # Cards, newest first -> the least compute capability of theirs. "any": of nothing newer than the oldest is anything
 # taken for granted as to speed, and inputs count as rounded wherever some card rounds them.
 GPUS = {"blackwell": "10.0", "hopper": "9.0", "ada": "8.9", "ampere": "8.0", "turing": "7.5", "any": ""}
-ANY = "any"
+ANY, NEWEST = "any", next(iter(GPUS))
 NATIVE, EMULATED, WIDE = "native", "emulated", "16-bit"
 SMOOTHED = Target(smoothing.KEY, core="0.31", word=f'"{smoothing.KEY}"', silent=True)
 
@@ -118,6 +118,15 @@ def _has_kernels(target: Target, gpu: str) -> bool:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
+
+
+def fast_on(plan: Plan) -> str:
+    """The cards that multiply every quantized layer natively: "fast on RTX 30 and newer"."""
+    entries = [entry for entry in plan.quantized().values() if speed(entry, NEWEST) == NATIVE]
+    newest = max((TARGETS[entry.format] for entry in entries), key=lambda t: _version(t.capability), default=None)
+    if newest is None:
+        return "no faster than 16 bit"
+    return f"fast on {newest.cards.removesuffix(' with a calibration')}"
 
 
 def words(plan: Plan, gpu: str) -> list[str]:
