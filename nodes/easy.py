@@ -110,7 +110,8 @@ class CalibQuantEasy(io.ComfyNode):
         model: Any = None,
     ) -> io.NodeOutput:
         path = folders.model_path(model_name) if model is None else patches.source_path(model)
-        name, row, bar = folders.name_of(path), easy.card_of(card), feedback.progress(PARTS)
+        name = model_name if model is None else folders.name_of(path)
+        row, bar = easy.card_of(card), feedback.progress(PARTS)
         with Source(path) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             seen = calibration.current() if calibration else None

@@ -111,8 +111,11 @@ class CalibQuantQuantize(io.ComfyNode):
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         told = [f"warning: {note}" for note in patches.check_core(plan)]
-        path = _file_of(plan) if model_name == FROM_PLAN else folders.model_path(model_name)
-        model_name = folders.name_of(path)
+        if model_name == FROM_PLAN:
+            path = _file_of(plan)
+            model_name = folders.name_of(path)
+        else:
+            path = folders.model_path(model_name)
         (output, loader_name), *branch = (
             folders.split_paths(filename_prefix, model_name)
             if plan.ranks()

@@ -34,13 +34,13 @@ def find_finished(
     """A verified file below the folder that this job would make again; None where there is none."""
     wanted = job(source, plan, merged, calibration, rounding, True)
     for path in sorted(folder.rglob("*.safetensors")):
-        found = stat_of(path)
-        if found is None or found.st_size != plan.size:  # which is exact
-            continue
         try:
+            found = stat_of(path)
+            if found is None or found.st_size != plan.size:  # which is exact
+                continue
             with Headers(path) as file:
                 if (provenance(file) or {}).get(JOB) == wanted:
                     return path
-        except CalibQuantError:  # a stranger's file of just this size, damaged
+        except CalibQuantError:  # just this size, but damaged or not to be read
             continue
     return None
