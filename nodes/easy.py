@@ -118,6 +118,10 @@ class CalibQuantEasy(io.ComfyNode):
             if seen is not None:
                 recipes.check_calibration(source, seen)
             plan, notes = _plan(source, row, size, seen, cls.hidden.unique_id, bar(0))
+            if card == easy.THIS_MACHINE and row.gpu == targets.ANY:
+                notes.append(
+                    "no NVIDIA card of the list was found in this machine: choose the card that will run the file"
+                )
             notes += [f"warning: {note}" for note in (*source.warnings(), *patches.check_core(plan))]
             root = folders.output_root(name)
             there = jobs.find_finished(root, source, plan, digest, seen, ROUNDING)

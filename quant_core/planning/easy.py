@@ -61,7 +61,7 @@ CARDS: dict[str, Card] = {
         "rtx50",
         (
             Way(
-                "NVFP4 where the model bears it, MXFP8 where it does not, by measured sensitivity",
+                "NVFP4 where the model bears it, MXFP8 elsewhere",
                 options=_BLACKWELL,
                 bits=MIXED,
                 needs=SENSITIVITIES,
