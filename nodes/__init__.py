@@ -12,6 +12,7 @@ from .calibrate import (
 )
 from .comfyui import folders
 from .compare import CalibQuantCompare
+from .easy import CalibQuantEasy
 from .lora import CalibQuantErrorLora, CalibQuantLoadSplit
 from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
     *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity, CalibQuantCompare),
+    CalibQuantEasy,
 ]
 
 

@@ -14,6 +14,7 @@ from ..quant_core.models.source import Source
 from ..quant_core.planning import budget, costs, targets
 from ..quant_core.planning.costs import CostTable
 from ..quant_core.planning.plan import Plan
+from ..quant_core.progress import Progress
 from ..quant_core.rounding.pack import pick_device
 from .comfyui import feedback, patches
 
@@ -99,14 +100,22 @@ def make(
     weighting = None if strategy["weighting"] == DEFAULT else strategy["weighting"]
     probe = probed() if seen is None or weighting == "score" else None
     how = costs.made_with(source, gpu, options, "auto", input_scale, seen, fold)
-    table = _table(source, how, seen, probe)
+    table = table_of(source, how, seen, lambda: probe, feedback.progress()(0))
     return budget.plan(source, table, wish, weighting=weighting, calibration=seen, probed=probe)
 
 
-def _table(source: Source, how: costs.MadeWith, seen: Calibration | None, probed: Probe | None) -> CostTable:
+def table_of(
+    source: Source,
+    how: costs.MadeWith,
+    seen: Calibration | None,
+    probed: Callable[[], Probe | None],
+    progress: Progress,
+) -> CostTable:
+    """Measured with the calibration, the latest one remembered; without one guessed from the probe."""
     if seen is None:
-        assert probed is not None
-        return costs.guess(source, probed, how)
+        probe = probed()
+        assert probe is not None
+        return costs.guess(source, probe, how)
     if not (_latest and _latest[0].made_with == how):
-        _latest[:] = [costs.measure(source, seen, how, pick_device("auto"), progress=feedback.progress()(0))]
+        _latest[:] = [costs.measure(source, seen, how, pick_device("auto"), progress=progress)]
     return _latest[0]

@@ -272,12 +272,12 @@ def _files(model_a: Any, model_b: Any) -> tuple[str, str, str, str, int, int]:
     """Both files' names, the family, the second's recipe, both sizes; empty where a loader left no trace."""
     found = []
     for model in (model_a, model_b):
-        path = patches.source_path(model)
+        path = patches.path_of(model) or Path()
         try:
             with Headers(path) as file:
                 found.append((file.path.name, file.nbytes(), str((provenance(file) or {}).get("recipe", ""))))
         except (CalibQuantError, OSError):  # no safetensors file, or gone
-            found.append((Path(path).name, 0, ""))
+            found.append((path.name, 0, ""))
     (source, before, _), (output, after, recipe) = found
     return source, output, patches.identify(model_a)[0].name, recipe, before, after
 

@@ -34,7 +34,10 @@ class CalibQuantPlan(io.ComfyNode):
             display_name="Quantization Plan",
             category=CATEGORY,
             description="Decides a format for every layer of a 16-bit model, with a reason and the exact file size.",
-            search_aliases=["quantize", "nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"],
+            search_aliases=[
+                *("quantize", "compress", "shrink", "convert", "fp4"),
+                *("nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"),
+            ],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -143,7 +146,7 @@ class CalibQuantPlan(io.ComfyNode):
                 plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
             plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
             plan = _split(source, plan, seen, split) if split.strip() else plan
-            plan = replace(plan, seen=calibration.current) if calibration else plan
+            plan = replace(plan, path=source.path, seen=calibration.current if calibration else None)
             told = [*source.warnings(), *warnings, *patches.check_core(plan)]
             notes = [f"warning: {note}" for note in told if note]
             before, branches = source.checkpoint.nbytes(), splitting.summary(source, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -18,13 +19,14 @@ from ..quant_core.models import architectures
 from ..quant_core.models.modelfile import ModelFile
 from ..quant_core.planning import scoring
 from ..quant_core.planning.scoring import Scored, ScoreOptions
+from ..quant_core.progress import Progress
 from .comfyui import feedback, folders
 from .types import CATEGORY, ProbeType
 
 FAMILY, CUSTOM = "family", "custom"
 STATISTICS = ("kurtosis", "dynamic_range", "outlier_share", "row_spread", "block16_spread", "block32_spread", "std")
 FIELDS = ("name", "type", "block", "shape", "protected", "decision", "score", "reason", *STATISTICS, "errors")
-_latest: dict[tuple[str, str], Probe] = {}  # at most one: to change a threshold is not to read 26 GB again
+_latest: dict[tuple[Path, str], Probe] = {}  # at most one: to change a threshold is not to read 26 GB again
 
 
 class CalibQuantProbe(io.ComfyNode):
@@ -112,13 +114,18 @@ def _kurtosis_input() -> io.Float.Input:
 
 
 def probe_file(model_name: str) -> Probe:
-    """The probe of a model of the list, with a progress bar; the latest one is remembered while its file is the same.
+    """The probe of a model of the list, with a progress bar; see ``probe_path``."""
+    return probe_path(folders.model_path(model_name), feedback.progress()(0))
+
+
+def probe_path(path: Path, progress: Progress) -> Probe:
+    """The probe of a file; the latest one is remembered while its file is the same.
 
     Raises CalibQuantError for a quantized or damaged file; a cancel raises ComfyUI's own exception.
     """
-    key = (model_name, folders.fingerprint(model_name))
+    key = (path, folders.stamp(path))
     if key not in _latest:
-        probed = probe.probe(folders.model_path(model_name), progress=feedback.progress()(0))
+        probed = probe.probe(path, progress=progress)
         _latest.clear()
         _latest[key] = probed
     return _latest[key]

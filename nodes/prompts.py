@@ -10,11 +10,12 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import promptset
-from ..quant_core.files.text import read_text
+from ..quant_core.files.text import counted, read_text
 from .comfyui import feedback, folders, written
 from .types import CATEGORY, ConditioningSetType
 
 NO_FILE = "none"
+MAX_CONDITIONINGS = 100  # links; ComfyUI's own limit
 
 
 class CalibQuantPromptSet(io.ComfyNode):
@@ -25,14 +26,19 @@ class CalibQuantPromptSet(io.ComfyNode):
             display_name="Encode Prompt Set",
             category=CATEGORY,
             description="Encodes a list of prompts and saves it; Load Prompt Set then needs no text encoder.",
+            search_aliases=["calibration", "conditioning", "text encoder"],
             is_output_node=True,
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder of the model to calibrate."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder of the model to calibrate. Not a CLIP: link conditionings instead.",
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One prompt a line. Left empty: 64 varied prompts that ship with the pack.",
+                    tooltip="One prompt a line, for clip. Left empty: 64 varied prompts that ship with the pack.",
                 ),
                 io.String.Input(
                     "name",
@@ -46,6 +52,19 @@ class CalibQuantPromptSet(io.ComfyNode):
                     optional=True,
                     tooltip="A text file in ComfyUI's input folder with one prompt a line, taken instead of prompts.",
                 ),
+                io.Autogrow.Input(
+                    "conditionings",
+                    template=io.Autogrow.TemplatePrefix(
+                        io.Conditioning.Input(
+                            "conditioning", optional=True, tooltip="One encoded prompt, from any text encoder's node."
+                        ),
+                        "conditioning_",
+                        min=0,
+                        max=MAX_CONDITIONINGS,
+                    ),
+                    optional=True,
+                    tooltip="Prompts that other nodes encoded, one a link; saved after those of clip.",
+                ),
             ],
             outputs=[ConditioningSetType.Output("prompt_set", tooltip="The encoded prompts, for Calibrate.")],
             hidden=[io.Hidden.unique_id],
@@ -58,17 +77,35 @@ class CalibQuantPromptSet(io.ComfyNode):
 
     @classmethod
     @feedback.in_node_words()
-    def execute(cls, clip: Any, prompts: str, name: str, file: str = NO_FILE) -> io.NodeOutput:
-        texts = _lines(prompts) or varied_prompts() if file == NO_FILE else prompts_in(folders.prompt_file(file))
+    def execute(
+        cls,
+        prompts: str,
+        name: str,
+        clip: Any = None,
+        file: str = NO_FILE,
+        conditionings: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        linked = [(key, value) for key, value in (conditionings or {}).items() if value is not None]
+        texts = _lines(prompts) if file == NO_FILE else prompts_in(folders.prompt_file(file))
+        _check_links(clip, texts, linked)
+        texts = texts or (varied_prompts() if clip is not None else [])
         path, progress = folders.saved_prompt_set_path(name), feedback.progress()(0)
         encoded = []
         for i, text in enumerate(texts):
             feedback.show(cls.hidden.unique_id, f"encoding prompt {i + 1} of {len(texts)}")
             encoded.append({"text": text, **_encode(clip, text)})
             progress(i + 1, len(texts), "")
+        encoded += [{"text": key.replace("_", " "), **_prompt(value, key)} for key, value in linked]
         promptset.save(encoded, path)
         written.remember(cls.hidden.unique_id, path)
-        return io.NodeOutput(encoded, ui=ui.PreviewText(f"{len(texts)} prompts saved as {path.name}"))
+        return io.NodeOutput(encoded, ui=ui.PreviewText(f"{counted(len(encoded), 'prompt')} saved as {path.name}"))
+
+
+def _check_links(clip: Any, texts: list[str], linked: list[Any]) -> None:
+    if clip is None and texts:
+        raise CalibQuantError("prompts need a CLIP to encode them: link one, or empty the box and link conditionings")
+    if clip is None and not linked:
+        raise CalibQuantError("there is nothing to encode with: link a CLIP, or conditionings that another node made")
 
 
 def varied_prompts() -> list[str]:
@@ -92,7 +129,17 @@ def _encode(clip: Any, text: str) -> dict[str, Any]:
     scheduled = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     if len(scheduled) != 1:
         raise CalibQuantError(f"prompt {text!r}: this CLIP changes with the step: unlink its hooks, then encode again")
-    cond, options = scheduled[0]
+    return _kept(scheduled[0])
+
+
+def _prompt(conditioning: list[Any], name: str) -> dict[str, Any]:
+    if len(conditioning) != 1:
+        raise CalibQuantError(f"{name} holds {len(conditioning)} conditionings: link each of them by itself")
+    return _kept(conditioning[0])
+
+
+def _kept(scheduled: Any) -> dict[str, Any]:
+    cond, options = scheduled
     return {"cond": cond.cpu(), "options": {k: _to_cpu(v) for k, v in options.items() if v is not None}}
 
 

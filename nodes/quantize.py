@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quant_core import jobs
+from ..quant_core.errors import CalibQuantError
 from ..quant_core.files.text import counted
 from ..quant_core.models.source import Source
 from ..quant_core.planning import recipes
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
+from ..quant_core.reports.report import Report
 from ..quant_core.rounding.choice import CHOICES
 from .comfyui import feedback, folders, patches, written
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ReportType
+
+FROM_PLAN, PREFIX = "the plan's file", "calibquant/model"
 
 
 class CalibQuantQuantize(io.ComfyNode):
@@ -26,25 +31,32 @@ class CalibQuantQuantize(io.ComfyNode):
             display_name="Save Quantized Model",
             category=CATEGORY,
             description="Quantizes a model file by a plan and saves it where the stock loaders find it.",
-            search_aliases=["quantize", "save model", "nvfp4", "mxfp8", "fp8", "int8"],
+            search_aliases=[
+                *("quantize", "save model", "compress", "shrink", "convert", "fp4"),
+                *("nvfp4", "mxfp8", "fp8", "int8", "w4a8"),
+            ],
             is_output_node=True,
-            inputs=[
+            inputs=[  # widgets are all optional: in their old order, workflow files of before still fit
+                PlanType.Input("plan", tooltip="From Quantization Plan; knows the model file and the calibration."),
                 io.Combo.Input(
                     "model_name",
-                    options=folders.model_names(),
-                    tooltip="The 16-bit model file. Weights are read from this file, not from a loaded MODEL, "
-                    "because loading already casts them.",
+                    options=[FROM_PLAN, *folders.model_names()],
+                    default=FROM_PLAN,
+                    optional=True,
+                    tooltip="The 16-bit model file, as the plan knows it; choose one yourself for a copy of that file. "
+                    "Weights are read from it, not from a loaded MODEL, because loading already casts them.",
                 ),
-                PlanType.Input("plan", tooltip="From Quantization Plan, made for the same file."),
                 io.String.Input(
                     "filename_prefix",
-                    default="calibquant/model",
+                    default=PREFIX,
+                    optional=True,
                     tooltip="Below output/diffusion_models (or output/checkpoints for an all-in-one checkpoint). "
                     "A number is appended; nothing is overwritten.",
                 ),
                 io.Boolean.Input(
                     "verify",
                     default=True,
+                    optional=True,
                     tooltip="Re-read the saved file by the loader's own arithmetic and compare every layer's error.",
                 ),
                 io.Model.Input(
@@ -82,30 +94,35 @@ class CalibQuantQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
-        return f"{folders.fingerprint(model_name)} {written.times_lost(cls.hidden.unique_id)}"
+    def fingerprint_inputs(cls, model_name: str = FROM_PLAN, **_: object) -> str:
+        file = "" if model_name == FROM_PLAN else folders.fingerprint(model_name)
+        return f"{file} {written.times_lost(cls.hidden.unique_id)}"
 
     @classmethod
     @feedback.in_node_words()
     def execute(
         cls,
-        model_name: str,
         plan: Plan,
-        filename_prefix: str,
-        verify: bool,
+        model_name: str = FROM_PLAN,
+        filename_prefix: str = PREFIX,
+        verify: bool = True,
         model: Any = None,
         rounding: str = "auto",
         calibration: CalibrationHandle | None = None,
     ) -> io.NodeOutput:
         told = [f"warning: {note}" for note in patches.check_core(plan)]
+        if model_name == FROM_PLAN:
+            path = _file_of(plan)
+            model_name = folders.name_of(path)
+        else:
+            path = folders.model_path(model_name)
         (output, loader_name), *branch = (
             folders.split_paths(filename_prefix, model_name)
             if plan.ranks()
             else [folders.output_path(filename_prefix, model_name)]
         )
-        with Source(folders.model_path(model_name)) as source:
+        with Source(path) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
-            feedback.show(cls.hidden.unique_id, f"quantizing {source.name}")
             current = calibration.current if calibration else plan.seen
             seen = current() if current else None
             if seen is not None:
@@ -120,15 +137,27 @@ class CalibQuantQuantize(io.ComfyNode):
                 rounding=rounding,
                 verify=verify,
                 lora_output=branch[0][0] if branch else None,
-                progress=_progress(cls.hidden.unique_id, output.name),
+                progress=counting_layers(cls.hidden.unique_id, plan, output.name, *map(feedback.progress(2), (0, 1))),
             )
         written.remember(cls.hidden.unique_id, output, *(path for path, _ in branch))
         lora_name = branch[0][1] if branch else ""
-        lines = [loader_name, report.summary(), *told, *_about(model, merge)]
-        return io.NodeOutput(loader_name, report, lora_name, ui=ui.PreviewText("\n".join(lines)))
+        lines = [loader_name, report.summary(), *told, *about_model(model, merge)]
+        return io.NodeOutput(loader_name, report, lora_name, ui=words_and_data(lines, report, loader_name, lora_name))
 
 
-def _about(model: Any, merge: dict[str, Any]) -> list[str]:
+def _file_of(plan: Plan) -> Path:
+    if plan.path is None:
+        raise CalibQuantError(f"the plan does not know its file ({plan.source}): choose it as model_name")
+    return plan.path
+
+
+def words_and_data(lines: list[str], report: Report, loader_name: str, lora_name: str = "") -> dict[str, Any]:
+    """A node's ``ui``: text for people, and under ``calibquant_result`` one object for programs."""
+    place = {"path": folders.shown(Path(report.output)), "model_name": loader_name, "lora_name": lora_name}
+    return {"text": ["\n".join(lines)], "calibquant_result": [{**place, **report.facts()}]}
+
+
+def about_model(model: Any, merge: dict[str, Any]) -> list[str]:
     """What a linked MODEL brought in."""
     lines = [f"baked in: what LoRA and merge nodes changed, {counted(len(merge), 'tensor')}"] if merge else []
     if model is not None and not patches.leaves_trail(model):
@@ -136,14 +165,19 @@ def _about(model: Any, merge: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _progress(node_id: str | None, name: str) -> Progress:
-    """The bar, and a word on the node when verifying begins."""
-    bar, told = feedback.progress()(0), []
+def counting_layers(node_id: str | None, plan: Plan, name: str, writing: Progress, checking: Progress) -> Progress:
+    """Progress of ``jobs.quantize`` on a bar's parts for rounding and for verifying, and in words that count layers."""
+    rounded, wanted, layers = 0, plan.quantized().keys(), len(plan.layers)
+    rounding = feedback.counting(node_id, f"quantizing {plan.source}", writing)
+    verifying: Progress | None = None
 
     def update(done: int, total: int, text: str) -> None:
-        if text.startswith("verify ") and not told:
-            told.append(text)
-            feedback.show(node_id, f"verifying {name}")
-        bar(done, total, text)
+        nonlocal rounded, verifying
+        if text.startswith("verify "):
+            verifying = verifying or feedback.counting(node_id, f"verifying {name}", checking)
+            verifying(done - (total - layers), layers, text)
+        else:
+            rounding(rounded, len(wanted), text)
+            rounded += text.removesuffix(".weight") in wanted
 
     return update

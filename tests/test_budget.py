@@ -150,7 +150,7 @@ def test_what_cannot_be_had_is_one_error_with_a_remedy(file: Path, wish: Wish) -
         make(file, wish, "ada", formats)
     if wish.kind == "size" and wish.max_slow is None:
         named = int(str(caught.value).split(" bytes (")[0].split()[-1])
-        assert abs(named - smallest) <= 8
+        assert abs(named - smallest) <= 16  # the wishes' names differ by 11 bytes, and headers are padded to 8
         assert make(file, Wish("size", named)).size <= named
 
 

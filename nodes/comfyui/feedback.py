@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...quant_core.errors import CalibQuantError
+from ...quant_core.progress import Progress
+
+SECONDS_BETWEEN = 0.5  # two words on a node
+SETTLED = 3.0  # seconds after which the time left is told
 
 
 def progress(total_parts: int = 1) -> Callable[[int], Callable[[int, int, str], None]]:
@@ -31,6 +37,30 @@ def progress(total_parts: int = 1) -> Callable[[int], Callable[[int, int, str], 
         return update
 
     return part
+
+
+def counting(node_id: str | None, what: str, bar: Progress) -> Progress:
+    """The bar, and on the node how many layers of a step are done and how long the rest will take."""
+    began, told = time.monotonic(), -math.inf
+    show(node_id, what)
+
+    def update(done: int, total: int, text: str) -> None:
+        nonlocal told
+        bar(done, total, text)
+        now = time.monotonic()
+        if now - told >= SECONDS_BETWEEN and 0 < done:
+            told = now
+            show(node_id, f"{what}: layer {done} of {total}{_left(now - began, done, total)}")
+
+    return update
+
+
+def _left(elapsed: float, done: int, total: int) -> str:
+    """The minutes left if it goes on as it did; nothing as long as that is no more than a guess."""
+    if elapsed < SETTLED:
+        return ""
+    minutes = elapsed / done * (total - done) / 60
+    return " · less than a minute left" if minutes < 1 else f" · about {math.ceil(minutes)} min left"
 
 
 def show(node_id: str | None, text: str) -> None:

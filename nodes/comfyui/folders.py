@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import folder_paths
 
 from ...quant_core.errors import CalibQuantError
+from ...quant_core.files.markers import FP8
 from ...quant_core.models import splitfile
+from ...quant_core.models.modelfile import ModelFile
 
 PACK = Path(__file__).resolve().parents[2]
 PROMPT_SETS = "calibquant_promptsets"
@@ -53,6 +56,29 @@ def model_names() -> list[str]:
     return [name for name in names if name.endswith(".safetensors")]
 
 
+def first_original() -> str | None:
+    """Of model_names() the first 16-bit model, as its header tells; None where there is none."""
+    names = ((name, _find_model(name)) for name in model_names())
+    return next((name for name, path in names if path and _is_original(path, stamp(path))), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_original(path: Path, _stamp: str) -> bool:
+    """Whether a file can be quantized and holds no FP8; the stamp changes when the file does."""
+    try:
+        with ModelFile(path) as model:
+            stored = (model.checkpoint.entries[f"{layer}.weight"].dtype for layer in model.layers)
+            return not any(dtype in FP8 for dtype in stored)
+    except (CalibQuantError, OSError):
+        return False
+
+
+def name_of(path: Path) -> str:
+    """The name in model_names() of a file, or its own name if it lies elsewhere."""
+    names = ((name, _find_model(name)) for name in model_names())
+    return next((name for name, found in names if found and found.exists() and found.samefile(path)), path.name)
+
+
 def split_names() -> list[str]:
     """Of model_names() those that say by their name that they are split."""
     return [name for name in model_names() if name.endswith(splitfile.MAIN)]
@@ -73,33 +99,46 @@ def new_lora_path(prefix: str) -> tuple[Path, str]:
 
 def model_path(name: str) -> Path:
     """The file behind a name of :func:`model_names`."""
+    found = _find_model(name)
+    if found is None:
+        raise CalibQuantError(f"there is no model {name}: choose one from the list (press R to refresh it)")
+    return found
+
+
+def _find_model(name: str) -> Path | None:
     found = folder_paths.get_full_path("diffusion_models", name)
     if found is None and name.startswith(CHECKPOINTS):
         found = folder_paths.get_full_path("checkpoints", name.removeprefix(CHECKPOINTS))
-    if found is None:
-        raise CalibQuantError(f"there is no model {name}: choose one from the list (press R to refresh it)")
-    return Path(found)
+    return Path(found) if found else None
 
 
 def fingerprint(name: str | None) -> str:
     """Changes when the file behind the name of a model does; None: a linked name, which is known when the node runs."""
-    return _stamp(model_path, name) if name is not None else "linked"
+    return _stamp_of(model_path, name) if name is not None else "linked"
 
 
 def calibration_fingerprint(name: str) -> str:
     """Changes when the file behind the name of a calibration does."""
-    return _stamp(calibration_path, name)
+    return _stamp_of(calibration_path, name)
 
 
 def prompt_file_fingerprint(name: str) -> str:
     """Changes when a text file in the input folder does."""
-    return _stamp(prompt_file, name)
+    return _stamp_of(prompt_file, name)
 
 
-def _stamp(path_of: Callable[[str], Path], name: str) -> str:
+def _stamp_of(path_of: Callable[[str], Path], name: str) -> str:
     try:
-        stat = path_of(name).stat()
-    except (CalibQuantError, OSError):
+        return stamp(path_of(name))
+    except CalibQuantError:
+        return "missing"
+
+
+def stamp(path: Path) -> str:
+    """Changes when the file does."""
+    try:
+        stat = path.stat()
+    except OSError:
         return "missing"
     return f"{stat.st_size}:{stat.st_mtime_ns}"
 
@@ -208,6 +247,11 @@ def _check_name(what: str, name: str, folder: str) -> None:
 def output_path(prefix: str, model_name: str) -> tuple[Path, str]:
     """A file name not yet taken in ComfyUI's output folder, and the name under which a stock loader finds it."""
     return _numbered(_kind(model_name), prefix, ".safetensors")
+
+
+def output_root(model_name: str) -> Path:
+    """The folder below which everything made of that model is saved."""
+    return Path(folder_paths.get_output_directory(), _kind(model_name))
 
 
 def split_paths(prefix: str, model_name: str) -> list[tuple[Path, str]]:

@@ -60,6 +60,17 @@ def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Te
     return merge, digest.hexdigest() if merge else ""
 
 
+def source_path(model: Any) -> Path:
+    """The file that the MODEL was loaded from; CalibQuantError when it does not say which."""
+    path = path_of(model)
+    if path is None or not _source_of(model):
+        raise CalibQuantError(
+            "the linked MODEL does not say which file it was loaded from: load it with Load Diffusion Model or Load "
+            "Checkpoint, or unlink it and choose model_name"
+        )
+    return path
+
+
 def leaves_trail(model: Any) -> bool:
     """Whether the MODEL says which file it was loaded from. Of one that does not, only names and shapes are known."""
     return bool(_source_of(model))
@@ -120,16 +131,16 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
     }
 
 
-def source_path(model: Any) -> str:
-    """The file that the MODEL was loaded from; empty when the loader left no trace of it."""
+def path_of(model: Any) -> Path | None:
+    """The file that the MODEL was loaded from; None when the loader left no trace of it."""
     loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
     path = next(iter(loader[1]), None) if loader else None
-    return path if isinstance(path, str) else ""
+    return Path(path) if isinstance(path, str) else None
 
 
 def _source_of(model: Any) -> dict[str, str]:
-    path = source_path(model)
-    if not path:
+    path = path_of(model)
+    if path is None:
         return {}
     try:
         with Headers(path) as source:

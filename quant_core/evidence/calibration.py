@@ -13,6 +13,7 @@ which layer belongs to which G. Where sensitivities were measured (``sensitivity
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -93,6 +94,16 @@ class Calibration:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of layers where they were measured
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what tells two calibrations apart: provenance, statistics, which rows, which sensitivities."""
+        digest = hashlib.sha256(json.dumps(self.info, sort_keys=True, default=str).encode())
+        for name, stats in sorted(self.layers.items()):
+            digest.update(f"{name} {stats.count} {name in self.sensitivities}".encode())
+            digest.update(stats.input_sqmean.numpy().tobytes() + stats.input_amax.numpy().tobytes())
+        for name in sorted(self.rows):
+            digest.update(name.encode() + self.rows[name].keys.tobytes())
+        return digest.hexdigest()
 
     def rows_of(self, layer: str) -> torch.Tensor:
         """Sampled input rows of a layer, bfloat16 [n, in]."""

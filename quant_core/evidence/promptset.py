@@ -30,7 +30,10 @@ def save(prompts: list[Prompt], path: str | os.PathLike[str]) -> None:
     try:
         header = json.dumps({"prompts": [p["text"] for p in prompts], "options": values}, ensure_ascii=False)
     except TypeError as e:
-        raise CalibQuantError(f"{path}: this CLIP returns something that cannot be saved ({e}): link its node") from e
+        raise CalibQuantError(
+            f"{path}: the text encoder returns something that cannot be saved ({e}): link its "
+            "CONDITIONING to Calibrate instead"
+        ) from e
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with Writer(path, specs, {METADATA_KEY: header}, overwrite=True) as writer:
         for name, tensor in tensors.items():

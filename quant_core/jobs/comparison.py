@@ -11,7 +11,7 @@ import torch
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..formats import SOURCE
-from ..models.folding import merged
+from ..models.folding import Merge, merged
 from ..models.source import Source
 from ..planning import folds
 from ..progress import Progress
@@ -26,6 +26,7 @@ def compare(
     progress: Progress | None = None,
     calibration: Calibration | None = None,
     lora: Path | None = None,
+    merge: Merge | None = None,
 ) -> Report:
     """Per-layer error of a finished file, ours or a peer's, against its source, worst first.
 
@@ -34,12 +35,12 @@ def compare(
     With a calibration also the error of outputs on its sampled rows: of the weights (and the bias) alone under
     ``output_errors["file"]``, and as the loader runs the layer. A calibration of other seeds and prompts than those
     the file was made with makes it a held-out measurement. The worst is then the worst output. A split file is measured
-    with its LoRA, beside it or at ``lora``.
+    with its LoRA, beside it or at ``lora``. merge: what was baked into the file before all else.
     """
     layers = []
     with QuantizedFile(path, lora) as quantized:
         pairs, folded = layer_pairs(source, quantized), quantized.folds()
-        merge = folds.merge(source, folded)
+        merge = folds.merge(source, folded, merge or {})
         calibration = calibration and folds.seen(source, folded, calibration)
         for i, (name, other) in enumerate(pairs):
             if progress:

@@ -37,7 +37,7 @@ from ..rounding.choice import WITH_BIAS, Rounder
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
 from ..rounding.parallel import threads
-from . import verification
+from . import reuse, verification
 from .pipeline import Behind, ahead
 
 
@@ -76,6 +76,7 @@ def quantize(
     if calibration is None and plan.seen is not None:
         calibration = plan.seen()
     _check_merge(source, merge)
+    job = reuse.job(source, plan, merged, calibration, rounding, verify)
     merge = folds.merge(source, plan.folds, merge)
     calibration = calibration and folds.seen(source, plan.folds, calibration)
     rounder = Rounder(where, calibration, rounding, source.prefix)
@@ -88,7 +89,7 @@ def quantize(
             layers = _write_tensors(source, plan, writer, beside, rounder, merge, steps.write)
             used = {layer.rounding.removesuffix(WITH_BIAS) for layer in layers}
             branch, unnamed = _finish_branch(source, plan, writer, beside, hasher, merged)
-            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used, branch))
+            writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used, branch, job))
             names = str(source.path), str(output), source.architecture.name, plan.recipe
             runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
             sizes = source.checkpoint.nbytes(), writer.size

@@ -279,7 +279,11 @@ class _Budget:
             can = f"the least error that these formats have is {self._error(best):.3g}"
         else:
             nbytes = self._file_bytes if self._wish.kind == "size" else lambda o: o.nbytes
-            best = self._assemble(least_bytes(self._items(nbytes), max_slow=slow))
+            asked, least = self._wish, least_bytes(self._items(nbytes), max_slow=slow)
+            best = self._assemble(least)
+            if asked.kind == "size":  # the header names the size asked for, with more digits than too small a one
+                self._wish = replace(asked, amount=self._size(best))
+                best, self._wish = self._assemble(least), asked
             size = self._size(best)
             can = f"the smallest that these formats make is {size} bytes ({gigabytes(size)})"
             can += f", {self._bits(best):.3f} bits a weight"

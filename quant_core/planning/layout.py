@@ -23,6 +23,7 @@ from .targets import core_needed
 
 ROUNDINGS = ("nearest", "search", "gptq", "hswq")
 LONGEST_NAME = 255  # bytes, of any file system
+JOB = "job_sha256"  # entry in the provenance
 
 
 def encode_config(config: Mapping[str, Any]) -> torch.Tensor:
@@ -75,12 +76,14 @@ def output_metadata(
     merged: str = "",
     roundings: Collection[str] = (),
     branch: tuple[str, str] = ("", HASH_PLACEHOLDER),
+    job: str = HASH_PLACEHOLDER,
 ) -> dict[str, str]:
     """The source's own metadata plus the two entries of ours.
 
     ``merged`` is a SHA-256 over the LoRA patches baked into the weights, "" for none; ``roundings`` are those that
-    layers really got; ``branch`` is the name and SHA-256 of a split's LoRA. Hashes, roundings and that name take one
-    length, so the size is known without them.
+    layers really got; ``branch`` is the name and SHA-256 of a split's LoRA; ``job`` is the digest that tells
+    whether a file would only be made again. Hashes, roundings and that name take one length, so the size is known
+    without them.
     """
     used = "+".join(name for name in ROUNDINGS if name in roundings)
     untouched = {
@@ -99,6 +102,7 @@ def output_metadata(
         "calibration": plan.calibration,
         "needs_comfyui": core_needed(plan),
         "merged_patches_sha256": merged or HASH_PLACEHOLDER,
+        JOB: job,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
     }
     if plan.folds:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..errors import CalibQuantError
@@ -40,6 +41,7 @@ class Plan:
     gpu: str = ""  # the card that it was made for, a key of targets.GPUS; "": none in particular
     predicted: dict[str, Any] | None = None  # what the allocation expects (budget.py), with its controls and curve
     seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
+    path: Path | None = field(default=None, compare=False, repr=False)  # of the source, while in memory
 
     def count(self) -> dict[str, int]:
         """Layers per format, in the order of the format table, "bf16" last."""
@@ -55,7 +57,7 @@ class Plan:
 
     def to_json(self) -> str:
         entries = asdict(replace(self, seen=None))
-        del entries["seen"]
+        del entries["seen"], entries["path"]
         return json.dumps({"format_version": FORMAT_VERSION, **entries}, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:

@@ -76,7 +76,7 @@ TARGETS: dict[str, Target] = {
 # Cards, newest first -> the least compute capability of theirs. "any": of nothing newer than the oldest is anything
 # taken for granted as to speed, and inputs count as rounded wherever some card rounds them.
 GPUS = {"blackwell": "10.0", "hopper": "9.0", "ada": "8.9", "ampere": "8.0", "turing": "7.5", "any": ""}
-ANY = "any"
+ANY, NEWEST = "any", next(iter(GPUS))
 NATIVE, EMULATED, WIDE = "native", "emulated", "16-bit"
 SMOOTHED = Target(smoothing.KEY, core="0.31", word=f'"{smoothing.KEY}"', silent=True)
 
@@ -132,6 +132,15 @@ def words(plan: Plan, source: Source | None = None) -> list[str]:
     """
     speeds = [_speeds(plan, source) if plan.gpu else _cards(plan)] if plan.quantized() else []
     return [*speeds, f"needs ComfyUI {core_needed(plan)} or newer", *_loras(plan)]
+
+
+def fast_on(plan: Plan) -> str:
+    """The cards that multiply every quantized layer natively: "fast on RTX 30 and newer"."""
+    entries = [entry for entry in plan.quantized().values() if speed(entry, NEWEST) == NATIVE]
+    newest = max((TARGETS[entry.format] for entry in entries), key=lambda t: _version(t.capability), default=None)
+    if newest is None:
+        return "no faster than 16 bit"
+    return f"fast on {newest.cards.removesuffix(' with a calibration')}"
 
 
 def multiplications(source: Source, calibration: Calibration | None, layer: str) -> float:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
+from typing import Any
 
 from ..files.text import change_of_size, gigabytes
 from ..formats import FORMATS, SOURCE, title
@@ -81,6 +82,22 @@ class Report(Compared):
         for fold in entries["folds"].values():
             del fold["exponents"]
         return json.dumps(entries, indent=1) + "\n"
+
+    def facts(self) -> dict[str, Any]:
+        """What programs ask for: sizes, layers by format, relative errors of weights and of outputs as loaded."""
+        worst, loaded = self.worst(), [e for e in (layer.loader_error for layer in self.layers) if e is not None]
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "formats": self.count(),
+            "errors": {
+                "mean": self.mean_error(),
+                "worst": worst.error if worst else 0.0,
+                "worst_layer": worst.name if worst else "",
+                "outputs_as_loaded": fmean(loaded) if loaded else None,
+            },
+            "core_needed": self.needs_comfyui,
+        }
 
     def summary(self) -> str:
         """For the node and the terminal: size, layers per format, worst layer, and all that was said of it."""
