@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import models
 import pytest
@@ -70,3 +71,15 @@ def test_every_node_has_its_line_among_the_nodes() -> None:
 def test_pages_use_only_known_tags() -> None:
     tags = {tag for page in PAGES for tag in re.findall(r"^```(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
     assert tags <= {"sh", "python", "console"}
+
+
+def test_the_registry_finds_what_pyproject_names() -> None:
+    """Icon and banner lie where their addresses say, in the repository that is named; svg, as the registry takes it."""
+    text = (models.ROOT / "pyproject.toml").read_text(encoding="utf-8")  # tomllib is newer than Python 3.10
+    found = dict(re.findall(r'^(Repository|Icon|Banner) = "(.*)"$', text, re.MULTILINE))
+    at = found["Repository"].replace("//github.com/", "//raw.githubusercontent.com/") + "/main/"
+    for address in (found["Icon"], found["Banner"]):
+        assert address.startswith(at)
+        picture = ElementTree.parse(models.ROOT / address.removeprefix(at)).getroot()
+        _, _, width, height = map(float, picture.attrib["viewBox"].split())
+        assert picture.tag == "{http://www.w3.org/2000/svg}svg" and height <= width
