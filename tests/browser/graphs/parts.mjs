@@ -12,6 +12,7 @@ export const SAMPLER = { seed: SEED, control_after_generate: "fixed", steps: 12,
 export const PROMPTS = { prompt_set: "digits.safetensors", index: DIGIT };
 export const LATENT = { width: 64, height: 64, length: 1, batch_size: 1 };
 export const UPSCALE = { upscale_method: "nearest-exact", width: 256, height: 256, crop: "disabled" }; // 64 pixels are hard to see
+export const SAMPLING = { steps: 12, cfg: 1, sampler_name: "euler", scheduler: "simple", width: 64, height: 64, frames: 1 }; // of our own nodes
 export const VAE = { vae_name: "calibquant_digits_vae.safetensors" };
 
 /** What all rows of pictures share: prompt, size, decoder, seed. */
