@@ -1,0 +1,47 @@
+import { CALIBRATION, COLOUR, MODEL, SAMPLING, VAE } from "./parts.mjs";
+
+const NOTE = `# The best file of a size you choose
+
+1. **Measure Sensitivity** adds to a calibration what an error of each layer does to the prediction.
+2. **Quantization Plan**, strategy \`bits\` (or \`size\` in GB): each layer gets the format with which the whole file loses least on that
+card. Drag the slider along the curve; click layers in the map and set a format; run again for the exact size.
+3. **Compare Models** says what it drew.
+
+The calibration ships with the pack; your own comes from **Calibrate** or **Monitor Calibration**.`;
+
+const NODES = [
+  ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
+  ["large", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["calibration", "CalibQuantLoadCalibration", [500, 240], [360, 110], { calibration_name: CALIBRATION }],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 420], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [500, 600], [360, 70], VAE],
+  ["sensitivity", "CalibQuantSensitivity", [920, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
+  ["plan", "CalibQuantPlan", [1340, 80], [640, 900],
+    { model_name: MODEL, strategy: "bits", "strategy.bits": 5.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
+  ["save", "CalibQuantQuantize", [2040, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
+  ["small", "UNETLoader", [2040, 800], [400, 90], { weight_dtype: "default" }],
+  ["compare", "CalibQuantCompare", [2500, 80], [400, 520], { ...SAMPLING, prompts: 10, seeds: 1, seed: 7 }],
+  ["sheet", "PreviewImage", [2960, 80], [520, 700], {}],
+];
+const LINKS = [
+  ["large", 0, "sensitivity", "model"],
+  ["calibration", 0, "sensitivity", "calibration"],
+  ["prompts", 0, "sensitivity", "conditioning"],
+  ["sensitivity", 0, "plan", "calibration"],
+  ["plan", 0, "save", "plan"],
+  ["save", 0, "small", "unet_name"],
+  ["large", 0, "compare", "model_a"],
+  ["small", 0, "compare", "model_b"],
+  ["prompts", 0, "compare", "conditioning"],
+  ["vae", 0, "compare", "vae"],
+  ["compare", 0, "sheet", "images"],
+];
+const GROUPS = [
+  ["Model, calibration, prompts", COLOUR.shared, [480, 0, 400, 690]],
+  ["What is each layer worth?", COLOUR.work, [900, 0, 400, 690]],
+  ["Plan and edit", COLOUR.work, [1320, 0, 680, 1200]],
+  ["Save", COLOUR.work, [2020, 0, 440, 920]],
+  ["How close is it?", COLOUR.quantized, [2480, 0, 1020, 920]],
+];
+
+export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -1,0 +1,37 @@
+import { COLOUR, MODEL, SAMPLING, VAE } from "./parts.mjs";
+
+const NOTE = `# Small, and how close?
+
+1. **Quantize Model** asks which model and for which card. The file lies below \`output/diffusion_models\`.
+2. The stock **Load Diffusion Model** loads it, and the original.
+3. **Compare Models** draws the same prompts from the same noise with both, and says in one sentence whether you would see it.
+
+*For your own model*: choose it in **Quantize Model** and in the lower **Load Diffusion Model**, and link prompts of its own text
+encoder (**Encode Prompt Set**) and its VAE.`;
+
+const NODES = [
+  ["note", "MarkdownNote", [40, 80], [400, 420], { text: NOTE }],
+  ["easy", "CalibQuantEasy", [500, 80], [400, 300], { model_name: MODEL, card: "RTX 50" }],
+  ["small", "UNETLoader", [960, 80], [360, 90], { weight_dtype: "default" }],
+  ["large", "UNETLoader", [960, 240], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["prompts", "CalibQuantLoadPromptSet", [960, 400], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [960, 580], [360, 70], VAE],
+  ["compare", "CalibQuantCompare", [1380, 80], [400, 520], { ...SAMPLING, prompts: 10, seeds: 1, seed: 7 }],
+  ["sheet", "PreviewImage", [1840, 80], [520, 700], {}],
+];
+const LINKS = [
+  ["easy", 0, "small", "unet_name"],
+  ["large", 0, "compare", "model_a"],
+  ["small", 0, "compare", "model_b"],
+  ["prompts", 0, "compare", "conditioning"],
+  ["vae", 0, "compare", "vae"],
+  ["compare", 0, "sheet", "images"],
+];
+const GROUPS = [
+  ["Make it small", COLOUR.work, [480, 0, 440, 520]],
+  ["Both models, by the stock loader", COLOUR.original, [940, 0, 400, 350]],
+  ["What to draw", COLOUR.shared, [940, 360, 400, 310]],
+  ["How close is it?", COLOUR.quantized, [1360, 0, 1020, 820]],
+];
+
+export default { nodes: NODES, links: LINKS, groups: GROUPS };
