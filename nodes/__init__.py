@@ -16,12 +16,13 @@ from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
 from .prompts import CalibQuantLoadPromptSet, CalibQuantPromptSet
 from .quantize import CalibQuantQuantize
+from .refine import CalibQuantRefinePlan
 from .sensitivity import CalibQuantSensitivity
 
 NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
-    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity),
+    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity, CalibQuantRefinePlan),
 ]
 
 

@@ -120,10 +120,16 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
     }
 
 
-def _source_of(model: Any) -> dict[str, str]:
+def file_of(model: Any) -> str | None:
+    """The file that the MODEL was loaded from, if its loader says so."""
     loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
     path = next(iter(loader[1]), None) if loader else None
-    if not isinstance(path, str):
+    return path if isinstance(path, str) else None
+
+
+def _source_of(model: Any) -> dict[str, str]:
+    path = file_of(model)
+    if path is None:
         return {}
     try:
         with Headers(path) as source:
