@@ -32,7 +32,7 @@ class CalibQuantRefinePlan(io.ComfyNode):
             node_id="CalibQuantRefinePlan",
             display_name="Refine Plan by Sampling",
             category=CATEGORY,
-            description="Samples a plan for a size before it is saved, as the plan's card will run it, measures what each "
+            description="Samples a plan for a size before it is saved, as its card will run it, measures what each "
             "block does to the picture, plans again by that, and keeps the better plan.",
             search_aliases=["verify plan", "quantize", "measure"],
             inputs=[
