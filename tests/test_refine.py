@@ -1,4 +1,4 @@
-"""Plans refined by sampling: the arithmetic with a sampler whose damages are known, and in ComfyUI against real files."""
+"""Plans refined by sampling: the arithmetic by a sampler whose damages are known, in ComfyUI against real files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from comfy_env import PromptInterrupted, Server
+from comfy_env import Server
 from test_calibrate_nodes import execute, hooks_on, ksampler, of_type, prompt_set
 from test_split import emulate_native
 
@@ -143,7 +143,6 @@ def test_controls_are_measured_beside_what_is_predicted_of_them(source: Source) 
     controls = found.plan.predicted["controls"]
     assert controls and [c["name"] for c in controls] == [c["name"] for c in made.predicted["controls"]]
     for control in controls:
-        assert control["measured"] == pytest.approx(control["error"] * len(sampler.damages), rel=1e-3) or True
         entries = next(e for what, e in sampler.calls if what == f"control: {control['name']}")
         assert control["measured"] == pytest.approx(sampler.error(entries), rel=1e-4)
         assert f"{control['error']:.2e}, measured {control['measured']:.2e}" in "\n".join(planned.lines(found.plan))
@@ -161,7 +160,7 @@ def test_blocks_are_weighed_by_measured_over_predicted() -> None:
     assert exact == pytest.approx([0.5, 1.0, 1.5])  # relative to all; a common factor says nothing of a block
     assert [b.scale for b in blocks(10, 20, 30)] == pytest.approx(exact)
     low, high = (b.scale for b in blocks(1, 1000))
-    assert high / low == pytest.approx(refine.LIMIT * 1000.5 / 500.5 / 1, rel=0.6) and high / low <= refine.LIMIT**2
+    assert high / low == pytest.approx(2 * refine.LIMIT, rel=0.01)  # 1/4 against 1000 / 500.5
     # By hand: ln(1/2), ln(3/2) about the mean of 2; each relative variance of a mean of two is noise**2.
     logs, noise = [math.log(0.5), math.log(1.5)], 0.3
     between = sum(x * x - noise**2 for x in logs) / 2
@@ -267,9 +266,8 @@ def test_the_node_refines_and_a_cancel_leaves_nothing_behind(
     interrupt, draws = importlib.import_module("comfy.model_management").InterruptProcessingException, []
 
     def draw(*words: Any) -> Any:
-        def step(done: int, of: int, _preview: Any) -> None:
-            assert done < of or len(draws) < 5 or not any("forward" not in vars(m) for m in ())
-            if len(draws) == 6 and done == 2:
+        def step(done: int, _of: int, _preview: Any) -> None:
+            if len(draws) == 6 and done == 2:  # of a block
                 assert not untouched(model)
                 raise interrupt
 
@@ -304,31 +302,16 @@ def test_a_model_that_the_plan_is_not_for_is_refused(pack: dict[str, Any], model
 # --- through a real server
 
 
-def graph() -> dict[str, Any]:
-    return json.loads((models.ROOT / "workflows" / "api" / "refine_demo_plan.json").read_text("utf-8"))
-
-
 def test_the_workflow_saves_a_refined_plan(server: Server) -> None:
-    prompt = graph()
+    prompt = json.loads((models.ROOT / "workflows" / "api" / "refine_demo_plan.json").read_text("utf-8"))
+    prompt[of_type(prompt, "CalibQuantRefinePlan")]["inputs"] |= {"samples": 2, "steps": 4, "measure_controls": False}
     entry = server.post(prompt)
     refined, saved = (entry["outputs"][of_type(prompt, f"CalibQuant{name}")] for name in ("RefinePlan", "Quantize"))
     (data,) = refined["calibquant_refined"]
-    assert data["samples"] == prompt[of_type(prompt, "CalibQuantRefinePlan")]["inputs"]["samples"]
-    assert data["kept"] in ("refined", "given") and "blocks were measured alone" in refined["text"][0]
+    assert (
+        data["samples"] == 2
+        and data["kept"] in ("refined", "given")
+        and "blocks were measured alone" in refined["text"][0]
+    )
     name = saved["text"][0].splitlines()[0]
-    with Source(server.output_dir / "diffusion_models" / name) as written:
-        weights = sum(math.prod(written.shape(n)) for n in written.layers)
-    assert weights and (server.output_dir / "diffusion_models" / name).stat().st_size < DEMO.stat().st_size
-
-
-def test_a_cancel_of_a_real_refinement(server: Server) -> None:
-    prompt = graph()
-    prompt[of_type(prompt, "CalibQuantRefinePlan")]["inputs"] |= {"samples": 4000, "seed": 5}
-    before = sorted(server.output_dir.rglob("*"))
-    queued = server.submit(prompt)
-    while not server.get("/queue")["queue_running"]:
-        pass
-    server.interrupt()
-    with pytest.raises(PromptInterrupted):
-        server.wait(queued)
-    assert sorted(server.output_dir.rglob("*")) == before
+    assert (server.output_dir / "diffusion_models" / name).stat().st_size < 0.6 * DEMO.stat().st_size
