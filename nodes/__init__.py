@@ -18,13 +18,14 @@ from .plan import CalibQuantPlan
 from .probe import CalibQuantProbe
 from .prompts import CalibQuantLoadPromptSet, CalibQuantPromptSet
 from .quantize import CalibQuantQuantize
+from .refine import CalibQuantRefinePlan
 from .sensitivity import CalibQuantSensitivity
 
 NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
-    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity, CalibQuantCompare),
-    CalibQuantEasy,
+    *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity, CalibQuantRefinePlan),
+    *(CalibQuantCompare, CalibQuantEasy),
 ]
 
 

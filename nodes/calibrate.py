@@ -195,9 +195,9 @@ def _in_turn(prompts: list[tuple[str, Any]], count: int) -> list[tuple[str, Any]
 
 def sample_all(
     model: Any, jobs: list[Job], negative: Any, latent: Any, settings: SamplerSettings,
-    begin: Callable[[str, int], None], node_id: str | None,
+    begin: Callable[[str, int], None], node_id: str | None, keep: Callable[[Any], None] = lambda _latent: None,
 ) -> None:  # fmt: skip
-    """Draw all jobs, with progress on the node. begin(text, seed) is told before each."""
+    """Draw all jobs, with progress on the node. begin(text, seed) is told before each, keep(latent) after it."""
     progress, clock = feedback.preview_progress(len(jobs) * settings.steps), Clock(len(jobs) * settings.steps)
     for i, (text, positive, seed) in enumerate(jobs):
         begin(text, seed)
@@ -208,7 +208,7 @@ def sample_all(
             clock.tell(total, lambda left: feedback.show(node_id, f"sample {i + 1} of {len(jobs)} · {left}\n{text}"))
 
         # At cfg 1 the negative prompt is not evaluated; the sampler wants one all the same.
-        sampling.draw(model, positive, negative or positive, latent, settings, seed, step)
+        keep(sampling.draw(model, positive, negative or positive, latent, settings, seed, step))
 
 
 class Clock:

@@ -24,7 +24,7 @@ from ..errors import CalibQuantError
 from ..formats import FORMATS
 from . import sensitivity
 from .sensitivity import Error, Gatherer, LayerSensitivity
-from .watch import force_eager, linears
+from .watch import force_eager, linears, replaced
 
 ESTIMATORS = ("gradient", "matched")
 REFERENCE = "nvfp4"  # what matched prediction rounds to
@@ -170,7 +170,7 @@ class Meter:
             y = forward(x)
             return y + errors.view(y.shape).to(y.dtype)
 
-        with _replaced(module, rounded):
+        with replaced(module, rounded):
             change = (predict().float() - exact).flatten(1).square().sum(1)
         if not rows:
             return None
@@ -235,9 +235,9 @@ def tapped(
     }
     with contextlib.ExitStack() as stack:
         for name, module in taps.items():
-            stack.enter_context(_replaced(module, through(name, module)))
+            stack.enter_context(replaced(module, through(name, module)))
         for other in filter(None, others.values()):
-            stack.enter_context(_replaced(other, on_copies(other.forward)))
+            stack.enter_context(replaced(other, on_copies(other.forward)))
         stack.enter_context(force_eager())
         yield
 
@@ -267,7 +267,7 @@ def checkpointed_blocks(model: torch.nn.Module) -> Iterator[None]:
     blocks = {id(block): block for each in lists for block in each if next(block.children(), None) is not None}
     with contextlib.ExitStack() as stack:
         for block in blocks.values():
-            stack.enter_context(_replaced(block, again(block.forward)))
+            stack.enter_context(replaced(block, again(block.forward)))
         yield
 
 
@@ -278,20 +278,6 @@ def cloned(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(cloned, value))
     return {k: cloned(v) for k, v in value.items()} if type(value) is dict else value
-
-
-@contextlib.contextmanager
-def _replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A forward of the module's own for a while, and then what it had."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _held_below(limit: float, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -67,3 +67,17 @@ def force_eager() -> contextlib.AbstractContextManager[Any]:
     if hasattr(torch.compiler, "set_stance"):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A forward of the module's own for a while, and then what it had."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -71,7 +71,7 @@ class FP8(base.Linear):
         return ck.dequantize_per_tensor_fp8(tensors["weight"], tensors["weight_scale"], output_type=torch.float32)
 
     def feed(self, rows: torch.Tensor, input_scale: torch.Tensor | None) -> torch.Tensor:
-        scale = torch.tensor(1.0) if input_scale is None else input_scale  # without one the loader takes 1
+        scale = rows.new_tensor(1.0) if input_scale is None else input_scale  # without one the loader takes 1
         return self.decode(self.kernel(rows, scale), tuple(rows.shape))
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,23 @@ class Wish:
         return KINDS[self.kind].format(int(self.amount) if self.kind == "size" else self.amount)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a plan was made of, besides the source. scale: layer -> what its damages are multiplied by, else 1."""
+
+    table: CostTable
+    wish: Wish
+    weighting: str | None = None
+    calibration: Calibration | None = None
+    probed: Probe | None = None
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+    def damages(self, source: Source) -> tuple[str, dict[str, dict[str, float]]]:
+        """The weighting, and layer -> option -> damage."""
+        name, found = weigh(source, self.table, self.weighting, self.calibration, self.probed)
+        return name, {n: {o: d * self.scale.get(n, 1.0) for o, d in options.items()} for n, options in found.items()}
+
+
 def plan(
     source: Source,
     table: CostTable,
@@ -75,12 +92,26 @@ def plan(
     weighting: str | None = None,
     calibration: Calibration | None = None,
     probed: Probe | None = None,
+    scale: Mapping[str, float] | None = None,
 ) -> Plan:
-    """The best plan for a wish, with what is ``predicted`` of it. CalibQuantError where no plan can be had."""
+    """The best plan for a wish, with what is ``predicted`` of it. CalibQuantError where no plan can be had.
+
+    scale: see ``Asked``.
+    """
     wish.check()
-    budget = _Budget(source, table, wish, *weigh(source, table, weighting, calibration, probed), calibration)
+    asked = Asked(table, wish, weighting, calibration, probed, scale or {})
+    budget = _budget(source, asked)
     made, gap = budget.fulfil()
-    return replace(made, predicted=budget.predicted(made, gap))
+    return replace(made, predicted=budget.predicted(made, gap), asked=asked)
+
+
+def compared(source: Source, asked: Asked) -> dict[str, Plan]:
+    """The plans beside the curve by name: one option everywhere, and the published recipes."""
+    return dict(_budget(source, asked).others())
+
+
+def _budget(source: Source, asked: Asked) -> _Budget:
+    return _Budget(source, asked.table, asked.wish, *asked.damages(source), asked.calibration)
 
 
 def weigh(
@@ -300,7 +331,7 @@ class _Budget:
     def predicted(self, made: Plan, gap: float) -> dict[str, Any]:
         """What is said of a plan: its error and size, how it was weighed, the curve, and plans to compare it with."""
         slow = sum(o.slow for o in self._chosen(made)) / (sum(self._work.values()) or 1.0)
-        points = [*self._uniform(), *self._recipes()]
+        points = [point for name, other in self.others() for point in self._point(name, other)]
         return {
             "error": self._error(made),
             "size": self._size(made),  # with a split's other file
@@ -328,28 +359,26 @@ class _Budget:
                 curve.append(made)
         return curve
 
-    def _uniform(self) -> list[dict[str, Any]]:
-        """Every option wherever it fits, with what falls back in its place."""
-        found = []
+    def others(self) -> Iterator[tuple[str, Plan]]:
+        """Every option wherever it fits, with what falls back in its place; and this family's published recipes."""
+        infos, family = self._source.layers, self._source.architecture.name
         for option in self._table.made_with.options:
-            wish, infos = replace(layer_plan(option), reason=f"every layer {option}"), self._source.layers
-            ranks = {n: wish.rank * (option in self._layers[n]) for n in self._layers}
-            if wish.rank and not any(ranks.values()):
+            entry = replace(layer_plan(option), reason=f"every layer {option}")
+            ranks = {n: entry.rank * (option in self._layers[n]) for n in self._layers}
+            if entry.rank and not any(ranks.values()):
                 continue
-            chosen = {n: legal(replace(wish, rank=r), infos[n], self._source.shape(n)) for n, r in ranks.items()}
-            found += self._point(f"every layer {option}", self._plan(chosen))
-        return found
+            chosen = {n: legal(replace(entry, rank=r), infos[n], self._source.shape(n)) for n, r in ranks.items()}
+            yield entry.reason, self._scaled(self._plan(chosen))
+        for recipe in RECIPES.values():
+            if recipe.rules and family in (recipe.architectures or (family,)):
+                yield f"recipe {recipe.name}", self._scaled(make_plan(self._source, recipe))
 
-    def _recipes(self) -> list[dict[str, Any]]:
-        """The published recipes of this family."""
-        family = self._source.architecture.name
-        fitting = [r for r in RECIPES.values() if r.rules and family in (r.architectures or (family,))]
-        return [p for r in fitting for p in self._point(f"recipe {r.name}", make_plan(self._source, r))]
+    def _scaled(self, made: Plan) -> Plan:
+        made = sized(self._source, replace(made, folds=self._table.folds)) if self._table.folds else made
+        return made if self._scales is None else calibrated(self._source, made, self._scales)
 
     def _point(self, name: str, made: Plan) -> list[dict[str, Any]]:
         """One plan as a point beside the curve; none where the table does not know all of its formats."""
-        made = sized(self._source, replace(made, folds=self._table.folds)) if self._table.folds else made
-        made = made if self._scales is None else calibrated(self._source, made, self._scales)
         try:
             return [{"name": name, "size": self._size(made), "error": self._error(made)}]
         except KeyError:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
@@ -17,6 +17,9 @@ from ..formats import FORMATS, SOURCE
 from ..rounding.layerplan import LayerPlan
 from . import folds
 from .folds import Fold
+
+if TYPE_CHECKING:
+    from .budget import Asked
 
 FORMAT_VERSION = 1
 ROUNDINGS = ("", "hswq")
@@ -42,6 +45,7 @@ class Plan:
     predicted: dict[str, Any] | None = None  # what the allocation expects (budget.py), with its controls and curve
     seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
     path: Path | None = field(default=None, compare=False, repr=False)  # of the source, while in memory
+    asked: Asked | None = field(default=None, compare=False, repr=False)  # what a budget's was made of, in memory too
 
     def count(self) -> dict[str, int]:
         """Layers per format, in the order of the format table, "bf16" last."""
@@ -56,8 +60,8 @@ class Plan:
         return {name: entry.rank for name, entry in self.quantized().items() if entry.rank}
 
     def to_json(self) -> str:
-        entries = asdict(replace(self, seen=None))
-        del entries["seen"], entries["path"]
+        entries = asdict(replace(self, seen=None, asked=None))
+        del entries["seen"], entries["path"], entries["asked"]
         return json.dumps({"format_version": FORMAT_VERSION, **entries}, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:

@@ -34,10 +34,16 @@ def _predicted(plan: Plan, found: dict[str, Any]) -> list[str]:
     return [
         head + f" at {found['bits']:.2f} bits a weight, within {100 * found['gap']:.2g} % of the best possible",
         *([] if found["measured"] else [GUESSED]),
-        *(f"control: {p['name']}, {gigabytes(p['size'], plan.size)}: {p['error']:.2e}" for p in found["controls"]),
+        *([f"measured error of the final latent: {found['sampled']:.2e}"] if "sampled" in found else []),
+        *(f"control: {p['name']}, {gigabytes(p['size'], plan.size)}: {_known(p)}" for p in found["controls"]),
         "size and least error:",
         *table,
     ]
+
+
+def _known(point: dict[str, Any]) -> str:
+    measured = f", measured {point['measured']:.2e}" if "measured" in point else ""
+    return f"{point['error']:.2e}{measured}"
 
 
 def svg(plan: Plan) -> str:

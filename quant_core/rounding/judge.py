@@ -54,4 +54,5 @@ def as_loaded(fmt: Format, rows: torch.Tensor, entry: LayerPlan) -> torch.Tensor
     """Inputs [n, in] as the loader feeds them to this layer: quantized to the layer's format, or exact."""
     if not len(rows) or entry.full_precision:
         return rows
-    return fmt.feed(rows, None if entry.input_scale is None else torch.tensor(entry.input_scale))
+    scale = entry.input_scale
+    return fmt.feed(rows, None if scale is None else torch.tensor(scale, device=rows.device))
