@@ -85,6 +85,11 @@ class CostTable:
         return self.made_with.calibration is not None
 
     @property
+    def options(self) -> list[str]:
+        """Those that any layer has: what was asked for, and bf16 where nothing of that fits."""
+        return [name for name in OPTIONS if any(name in costs for costs in self.layers.values())]
+
+    @property
     def has_damage(self) -> bool:
         return all(cost.damage is not None for costs in self.layers.values() for cost in costs.values())
 

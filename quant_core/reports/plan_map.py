@@ -1,0 +1,118 @@
+"""A plan as the map that a person edits: what js/plan_map.js draws and adds up.
+
+    layers   rows of FIELDS. chosen: number of the planned option. costs: for each option [bytes of tensors, bytes of
+             header] and, with a table, [.., error, damage]; 0 where the layer cannot have it; [] for protected layers
+    fixed    bytes of all the rest of the file, so that fixed + the bytes of every layer's option is its size (but for
+             a few digits of offsets in the header)
+    options  [name, title, whether a person may choose it]
+    curve    least error by size, with ``chosen``: for each layer that is not protected its option, as one digit
+
+Numbers have 4 digits; 1000 layers take less than 500 kB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..evidence.calibration import Calibration
+from ..formats import title
+from ..models.architectures import LayerInfo, map_rows
+from ..models.source import Source
+from ..planning.budget import reason_of
+from ..planning.costs import OPTIONS, Cost, CostTable, entries
+from ..planning.edits import REASON
+from ..planning.layout import header_bytes, layer_specs
+from ..planning.plan import Plan
+from ..rounding.layerplan import LayerPlan
+
+FIELDS = ("name", "type", "block", "shape", "protected", "chosen", "costs")
+Priced = tuple[CostTable, Mapping[str, Mapping[str, float]]]  # with layer -> option -> damage
+
+
+def document(
+    source: Source,
+    plan: Plan,
+    options: Sequence[str],
+    fixed: Mapping[str, str],
+    priced: Priced | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
+    """options: that a person may choose. fixed: set by hand. calibration: whose activation scales are stored."""
+    names = [*options, *(["bf16"] if "bf16" not in options else [])]
+    chosen = {layer: option_of(plan.layers[layer]) for layer in source.layers}
+    shown = list(dict.fromkeys([*names, *chosen.values()]))
+    made = entries(source, tuple(names), calibration)
+    layers, rest, weights = [], plan.size, 0
+    for layer, info in source.layers.items():
+        costs: list[Any] = []
+        if layer in made:
+            possible = {option: replace(entry, reason="") for option, entry in made[layer].items()}
+            possible[chosen[layer]] = plan.layers[layer]
+            costs = [_cost(source, layer, o, possible.get(o), priced) for o in shown]
+            rest -= sum(costs[shown.index(chosen[layer])][:2])
+            weights += math.prod(source.shape(layer))
+        layers.append(_row(source, info, shown.index(chosen[layer]), costs))
+    return {
+        "source": source.name,
+        "architecture": source.architecture.title,
+        "size": plan.size,
+        "fixed": rest,
+        "weights": weights,
+        "options": [[name, _title(name), name in names] for name in shown],
+        "types": map_rows(source.layers.values()),
+        "fields": FIELDS,
+        "layers": layers,
+        "edits": dict(fixed),
+        **_predicted(plan, priced),
+    }
+
+
+def option_of(entry: LayerPlan) -> str:
+    """The option that an entry of a plan is; its format where that is none."""
+    names = [name for name, (fmt, _) in OPTIONS.items() if fmt == entry.format]
+    return next((name for name in names if OPTIONS[name][1] == entry.full_precision), [*names, entry.format][0])
+
+
+def _title(option: str) -> str:
+    fmt, full_precision = OPTIONS.get(option, (option, False))
+    return title(fmt) + (" W4A16" if full_precision else "")
+
+
+def _row(source: Source, info: LayerInfo, chosen: int, costs: list[Any]) -> list[Any]:
+    why = info.protected or info.not_linear
+    return [info.name, info.type, info.block, list(source.shape(info.name)), why, chosen, costs]
+
+
+def _cost(source: Source, layer: str, option: str, entry: LayerPlan | None, priced: Priced | None) -> list[float] | int:
+    """entry: the plan's own where this option is planned, else without a reason."""
+    if entry is None:
+        return 0
+    told: list[float] = []
+    reason = REASON
+    if priced is not None:
+        table, damages = priced
+        cost = table.layers[layer].get(option, Cost(0.0, 0, ""))  # 16 bit need not be in the table
+        damage = damages[layer].get(option, 0.0)
+        told, reason = [_round(cost.error), _round(damage)], reason_of(table, cost, damage)
+    entry = entry if entry.reason else replace(entry, reason=reason)  # for the length of the header
+    nbytes = sum(spec.nbytes for spec in layer_specs(source, layer, entry))
+    return [nbytes, header_bytes(source, layer, entry), *told]
+
+
+def _predicted(plan: Plan, priced: Priced | None) -> dict[str, Any]:
+    """What the allocation says; nothing where none was made."""
+    if plan.predicted is None or priced is None:
+        return {}
+    found, order = plan.predicted, list(priced[0].layers)
+    curve = [{**point, "error": _round(point["error"])} for point in found["curve"]]
+    assert all(len(point["chosen"]) == len(order) for point in curve)
+    points = [{**point, "error": _round(point["error"])} for point in found["points"]]
+    told = {name: found[name] for name in ("weighting", "measured", "bits")}
+    return {"kind": plan.recipe.partition(" ")[0].replace("-", "_"), **told, "curve": curve, "points": points}
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
