@@ -179,8 +179,9 @@ def test_every_point_of_the_curve_is_the_file_that_its_choice_makes(file: Path) 
         fixed = {name: names[i] for name, i in zip(free, chosen, strict=True)}
         made = make(file, Wish("max_error", 1.0, fixed=fixed))
         longer = len(f"{edits.REASON}; ") * len(free)  # the header says of each that it is set by hand
-        assert abs(made.size - longer - size_of(document, chosen)) < 64
-        assert abs(point["size"] - size_of(document, chosen)) < 64
+        digits = 12 * len(free)  # of offsets in the header, which only the plan itself knows
+        assert abs(made.size - longer - size_of(document, chosen)) < digits
+        assert abs(point["size"] - size_of(document, chosen)) < digits
         assert made.predicted is not None and made.predicted["error"] == pytest.approx(point["error"], rel=1e-3)
 
 
