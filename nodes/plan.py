@@ -150,14 +150,14 @@ class CalibQuantPlan(io.ComfyNode):
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
-            priced, warnings = None, []
+            before, priced, warnings = None, None, []
             if strategy["strategy"] in _BUDGETS:
                 _check_same_file(probe, source)
                 words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
                 plan, priced = budgets.make(source, *words, fixed)
             else:
-                plan, warnings = _plan(source, model_name, strategy, probe, seen)
-                plan = by_hand.applied(source, plan, fixed)
+                before, warnings = _plan(source, model_name, strategy, probe, seen)
+                plan = by_hand.applied(source, before, fixed)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _folded(source, plan, seen) if smooth == "fold" else plan
             if strategy["strategy"] == "recipe":
@@ -169,7 +169,7 @@ class CalibQuantPlan(io.ComfyNode):
             notes = [f"warning: {note}" for note in told if note]
             before, branches = source.checkpoint.nbytes(), splitting.summary(source, plan)
             options = priced[0].options if priced else costs.choose_options(None, "any", patches.CORE)
-            drawn = plan_map.document(source, plan, options, fixed, priced, seen if input_scale else None)
+            drawn = plan_map.document(source, plan, options, fixed, priced, seen if input_scale else None, before)
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         sizes = change_of_size(before, plan.size)
         lines = [f"{source.architecture.title}: {counts}", sizes, *folds.summary(plan.folds), *branches]

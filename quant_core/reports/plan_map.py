@@ -39,11 +39,15 @@ def document(
     fixed: Mapping[str, str],
     priced: Priced | None = None,
     calibration: Calibration | None = None,
+    before: Plan | None = None,
 ) -> dict[str, Any]:
-    """options: that a person may choose. fixed: set by hand. calibration: whose activation scales are stored."""
+    """options: that a person may choose. fixed: set by hand. calibration: whose activation scales are stored. before:
+    the plan without ``fixed``, where it had not to be planned anew for them.
+    """
     names = [*options, *(["bf16"] if "bf16" not in options else [])]
     chosen = {layer: option_of(plan.layers[layer]) for layer in source.layers}
-    shown = list(dict.fromkeys([*names, *chosen.values()]))
+    without = {layer: option_of(before.layers[layer]) for layer in fixed} if before else {}
+    shown = list(dict.fromkeys([*names, *chosen.values(), *without.values()]))
     made = entries(source, tuple(names), calibration)
     layers, rest, weights = [], plan.size, 0
     for layer, info in source.layers.items():
@@ -66,6 +70,7 @@ def document(
         "fields": FIELDS,
         "layers": layers,
         "edits": dict(fixed),
+        "before": without,
         **_predicted(plan, priced),
     }
 
@@ -111,7 +116,9 @@ def _predicted(plan: Plan, priced: Priced | None) -> dict[str, Any]:
     assert all(len(point["chosen"]) == len(order) for point in curve)
     points = [{**point, "error": _round(point["error"])} for point in found["points"]]
     told = {name: found[name] for name in ("weighting", "measured", "bits")}
-    return {"kind": plan.recipe.partition(" ")[0].replace("-", "_"), **told, "curve": curve, "points": points}
+    kind, _, amount = plan.recipe.partition(" ")
+    told |= {"kind": kind.replace("-", "_"), "amount": float(amount)}
+    return {**told, "curve": curve, "points": points}
 
 
 def _round(value: float) -> float:
