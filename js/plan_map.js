@@ -45,6 +45,7 @@ function inputsOf(node) {
 }
 
 function mapOf(node) {
+  addStyle(); // the shared one first: this one changes some of it
   addStyle("calibquant-plan-style", STYLE);
   return (find(node, WIDGET) ?? addMapWidget(node, WIDGET, new PlanMap(inputsOf(node)))).view;
 }

@@ -46,6 +46,7 @@ class CalibQuantPlan(io.ComfyNode):
             category=CATEGORY,
             description="Decides a format for every layer of a 16-bit model, with a reason and the exact file size.",
             search_aliases=["quantize", "nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"],
+            is_output_node=True,  # the map is a result of its own; and a cached plan shows it again
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -150,14 +151,14 @@ class CalibQuantPlan(io.ComfyNode):
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
-            before, priced, warnings = None, None, []
+            unedited, priced, warnings = None, None, []
             if strategy["strategy"] in _BUDGETS:
                 _check_same_file(probe, source)
                 words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
                 plan, priced = budgets.make(source, *words, fixed)
             else:
-                before, warnings = _plan(source, model_name, strategy, probe, seen)
-                plan = by_hand.applied(source, before, fixed)
+                unedited, warnings = _plan(source, model_name, strategy, probe, seen)
+                plan = by_hand.applied(source, unedited, fixed)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _folded(source, plan, seen) if smooth == "fold" else plan
             if strategy["strategy"] == "recipe":
@@ -169,7 +170,7 @@ class CalibQuantPlan(io.ComfyNode):
             notes = [f"warning: {note}" for note in told if note]
             before, branches = source.checkpoint.nbytes(), splitting.summary(source, plan)
             options = priced[0].options if priced else costs.choose_options(None, "any", patches.CORE)
-            drawn = plan_map.document(source, plan, options, fixed, priced, seen if input_scale else None, before)
+            drawn = plan_map.document(source, plan, options, fixed, priced, seen if input_scale else None, unedited)
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         sizes = change_of_size(before, plan.size)
         lines = [f"{source.architecture.title}: {counts}", sizes, *folds.summary(plan.folds), *branches]

@@ -76,7 +76,8 @@ export class PlanMap {
   #body() {
     const scroll = make("div", "cq-scroll", "", [this.#grid()]);
     this.tools = make("div", "cq-tools");
-    const parts = [this.tools, scroll, make("div", "cq-hint", HINT)];
+    this.legend = make("div", "cq-tools");
+    const parts = [this.tools, this.legend, scroll, make("div", "cq-hint", HINT)];
     return this.walk ? [...parts, this.#budget()] : parts;
   }
 
@@ -163,10 +164,10 @@ export class PlanMap {
     const lock = button("Lock", () => this.#lock(), "Keep what the selected layers have, whatever the size (L)", !some);
     const reset = button("Reset", () => this.#reset(), "Let the plan decide for the selected layers again (Delete)", !some);
     for (const each of [lock, reset]) each.classList.add("cq-do");
-    const selected = make("span", "cq-count", some ? `${layers(picked.length)} selected` : "");
-    const legend = this.#legend(chosen);
-    this.tools.replaceChildren(...palette, lock, reset, selected, make("span", "cq-gap"), ...legend);
+    this.tools.replaceChildren(...palette, make("span", "cq-gap"), lock, reset);
     if (focused >= 0) this.tools.children[focused]?.focus?.();
+    const selected = make("span", "cq-selected", some ? `${layers(picked.length)} selected` : "");
+    this.legend.replaceChildren(...this.#legend(chosen), make("span", "cq-gap"), selected);
   }
 
   #format(option, count, number, picked) {
@@ -190,13 +191,14 @@ export class PlanMap {
     select.onchange = () => this.inputs.setView(select.value);
     const { range } = colours(this.data, chosen, this.#view());
     const kept = make("span", "cq-legend", "", [swatch("cq-kept"), "protected"]);
-    if (!range) return views.length > 1 ? [kept, select] : [kept];
+    const choice = views.length > 1 ? [select] : [];
+    if (!range) return [...choice, kept];
     const bar = make("span", "cq-bar");
     bar.style.background = gradient();
     const { show, note } = this.#view();
     const scale = make("span", "cq-legend", "", [make("span", "cq-least", show(range.low)), bar, make("span", "cq-most", show(range.high))]);
     scale.title = `${note}${range.name ? `, ${range.name}` : ""}`;
-    return [scale, kept, select];
+    return [...choice, scale, kept];
   }
 
   #view() {
@@ -245,8 +247,9 @@ export class PlanMap {
 
   #budget() {
     const { data, walk } = this;
-    this.plot = drawPlot(walk.stops.map((stop) => ({ size: stop.size, error: stop.damage })), data.points);
-    const [low, high] = [walk.stops[0].size, walk.stops.at(-1).size];
+    const curve = walk.stops.map((stop) => ({ size: stop.size, error: stop.damage }));
+    this.plot = drawPlot(curve, data.points);
+    const [low, high] = [curve[0].size, curve.at(-1).size];
     const slider = make("input", "cq-slide");
     Object.assign(slider, { type: "range", min: low, max: high, step: Math.max(1, (high - low) / 500) });
     slider.setAttribute("aria-label", "Size of the file");
@@ -254,7 +257,8 @@ export class PlanMap {
     slider.oninput = () => this.#slide();
     slider.onchange = () => this.#slid();
     this.slider = slider;
-    return make("div", "cq-budget", "", [this.plot.svg, slider]);
+    const ends = [curve[0], curve.at(-1)].map((p) => make("span", "", `${gigabytes(p.size)} · error ${short(p.error)}`));
+    return make("div", "cq-budget", "", [this.plot.svg, slider, make("div", "cq-ends", "", ends)]);
   }
 
   #at(bytes) {

@@ -16,14 +16,12 @@ export function axes(points) {
   const shown = points.filter((p) => p.error > 0);
   const x = axis(points.map((p) => p.size), FREE, 100 - FREE);
   const y = axis(shown.map((p) => Math.log10(p.error)), 92, 8);
-  return { x: (p) => x(p.size), y: (p) => (p.error > 0 ? y(Math.log10(p.error)) : 92), sizeAt: x.back };
+  return { x: (p) => x(p.size), y: (p) => (p.error > 0 ? y(Math.log10(p.error)) : 92) };
 }
 
 function axis(values, start, end) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  const place = (value) => start + (end - start) * (high > low ? (value - low) / (high - low) : 0.5);
-  place.back = (at) => low + ((at - start) / (end - start)) * (high - low);
-  return place;
+  return (value) => start + (end - start) * (high > low ? (value - low) / (high - low) : 0.5);
 }
 
 /** The picture; move(now) sets the mark of {size, error}. Points bear {name, size, error} for the tooltip. */
@@ -40,24 +38,16 @@ export function drawPlot(curve, points) {
   });
   const now = draw("circle", { r: 5.5, class: "cq-now" });
   const stretched = draw("svg", { width: "100%", height: "100%", viewBox: "0 0 100 100", preserveAspectRatio: "none" }, [line]);
-  const ends = [curve[0], curve.at(-1)];
-  const words = ends.map((p, i) => label(i ? 100 - FREE : FREE, i ? "end" : "start", gigabytes(p.size)));
-  const svg = draw("svg", { class: "cq-plot", role: "img", "aria-label": spoken(curve) }, [stretched, ...words, ...marks, now]);
+  const svg = draw("svg", { class: "cq-plot", role: "img", "aria-label": spoken(curve) }, [stretched, ...marks, now]);
   return {
     svg,
     move(point) {
-      const inside = { size: Math.min(Math.max(point.size, ends[0].size), Math.max(...known.map((p) => p.size))), error: point.error };
+      const inside = { size: Math.min(Math.max(point.size, curve[0].size), Math.max(...known.map((p) => p.size))), error: point.error };
       now.setAttribute("cx", `${x(inside)}%`);
       now.setAttribute("cy", `${Math.min(Math.max(y(inside), 4), 96)}%`);
       now.about = { name: "this plan", ...point };
     },
   };
-}
-
-function label(at, anchor, text) {
-  const element = draw("text", { x: `${at}%`, y: "99%", "text-anchor": anchor, class: "cq-axis" });
-  element.textContent = text;
-  return element;
 }
 
 function spoken(curve) {

@@ -11,7 +11,8 @@ export const STYLE = `
 .calibquant-plan button:not(:disabled):hover { border-color: var(--input-text, #ddd); }
 .calibquant-plan :focus-visible { outline: 2px solid var(--cq-focus); outline-offset: 1px; }
 .calibquant-plan { --cq-focus: #4aa3ff; }
-.calibquant-plan .cq-tools { display: flex; flex-wrap: wrap; align-items: center; gap: 5px; margin: 7px 0; }
+.calibquant-plan .cq-tools { display: flex; flex-wrap: wrap; align-items: center; gap: 5px; margin-top: 7px; min-height: 22px; }
+.calibquant-plan .cq-scroll { margin-top: 7px; }
 .calibquant-plan .cq-tools .cq-gap { flex: 1; }
 .calibquant-plan .cq-key { min-width: 18px; padding: 0 2px; border-radius: 2px; font: 600 9px/14px sans-serif; text-align: center; }
 .calibquant-plan .cq-count { color: var(--descrip-text, #999); font-variant-numeric: tabular-nums; }
@@ -29,6 +30,7 @@ export const STYLE = `
 .calibquant-plan .cq-map:focus .cq-cursor::before { content: ""; position: absolute; inset: -1px; z-index: 2; border-radius: 3px;
   pointer-events: none; box-shadow: 0 0 0 2.5px var(--cq-focus), inset 0 0 0 1px var(--comfy-input-bg, #222); }
 .calibquant-plan .cq-label, .calibquant-plan .cq-number { cursor: pointer; }
+.calibquant-plan .cq-number { width: auto; min-width: 0; height: 15px; justify-self: stretch; }
 .calibquant-plan .cq-label:hover, .calibquant-plan .cq-number:hover { color: var(--input-text, #ddd); text-decoration: underline; }
 .calibquant-plan .cq-hint { margin-top: 6px; color: var(--descrip-text, #999); }
 .calibquant-plan .cq-budget { margin-top: 8px; padding-top: 6px; border-top: 1px solid var(--border-color, #4e4e4e); }
@@ -37,6 +39,6 @@ export const STYLE = `
 .calibquant-plan .cq-point { fill: var(--comfy-input-bg, #222); stroke: var(--descrip-text, #999); stroke-width: 1.5px; }
 .calibquant-plan .cq-point:hover { stroke: var(--input-text, #ddd); }
 .calibquant-plan .cq-now { fill: var(--cq-focus); stroke: var(--comfy-input-bg, #222); stroke-width: 1.5px; }
-.calibquant-plan .cq-axis { fill: var(--descrip-text, #999); font-size: 10px; }
+.calibquant-plan .cq-ends { display: flex; justify-content: space-between; padding: 0 3%; color: var(--descrip-text, #999); }
 .calibquant-plan .cq-slide { display: block; box-sizing: border-box; width: calc(94% + 16px); margin: 2px 0 0 calc(3% - 8px); accent-color: var(--cq-focus); }
 `;
