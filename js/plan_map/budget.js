@@ -3,13 +3,13 @@ import { bits, damage, planned, size } from "./document.js";
 import { overlay } from "./edits.js";
 
 // The file's header is a few bytes longer than the browser knows, and the document's numbers have 4 digits.
-const ROOM = { bytes: 4096, share: 1.001 };
+const ROOM = { bytesPerLayer: 32, share: 1.001 };
 
 const KINDS = {
   size: {
     of: (amount) => amount * 1e9,
     allows: (data, chosen, most) => size(data, chosen) <= most,
-    write: (data, chosen) => Math.ceil((size(data, chosen) + ROOM.bytes) / 1000) / 1e6,
+    write: (data, chosen) => Math.ceil((size(data, chosen) + ROOM.bytesPerLayer * data.free.length) / 1000) / 1e6,
   },
   bits: {
     of: (amount) => amount,

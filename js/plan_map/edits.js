@@ -6,7 +6,8 @@ export function parse(text) {
   try {
     const found = JSON.parse(text);
     const entries = Object.entries(found);
-    return !Array.isArray(found) && entries.every(([, option]) => typeof option === "string") ? new Map(entries) : null;
+    const isObject = typeof found === "object" && !Array.isArray(found);
+    return isObject && entries.every(([, option]) => typeof option === "string") ? new Map(entries) : null;
   } catch {
     return null;
   }

@@ -134,10 +134,8 @@ export class PlanMap {
     const now = sums(data, chosen);
     const changed = chosen.some((option, i) => option !== data.free[i].chosen);
     const told = make("span", "cq-sums", "", [make("b", "", `${changed ? "≈ " : ""}${now[0]}`), ` · ${now.slice(1).join(" · ")}`]);
-    if (changed) {
-      const was = sums(data, data.free.map((layer) => layer.chosen));
-      told.append(make("span", "cq-was", `  (as planned: ${[was[0], ...was.slice(2)].join(" · ")}; run to plan the rest anew)`));
-    }
+    const was = sums(data, data.free.map((layer) => layer.chosen));
+    told.append(make("div", "cq-was", changed ? `planned: ${was.join(" · ")} – run to plan it anew` : "as planned"));
     told.setAttribute("role", "status");
     const strange = [...edits.keys()].filter((name) => !data.byName.has(name)).length;
     const hand = edits.size ? [`${edits.size} set by hand${strange ? `, ${strange} of them not in this model` : ""}`, this.#resetAll()] : [];
