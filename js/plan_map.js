@@ -78,6 +78,7 @@ function show(node, raw, isNew) {
     map.raw = raw;
     map.show(raw);
     if (isNew && map.drawn) grow(node, goodWidth(map.data.layers, CELL));
+    else if (node.calibquantSize) node.setSize(node.calibquantSize); // else undo would leave a node of another size behind
   }
   watch(node);
 }
@@ -98,8 +99,9 @@ app.registerExtension({
       onRemoved?.apply(this, arguments);
       tooltip.hide();
     };
-    node.onConfigure = function () {
+    node.onConfigure = function ({ size }) {
       onConfigure?.apply(this, arguments);
+      node.calibquantSize = size && [...size];
       refresh(node);
     };
   },

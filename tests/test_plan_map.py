@@ -104,4 +104,4 @@ def test_the_map_is_edited_in_both_renderers(server: Server, model: str) -> None
     done = subprocess.run(command, env=browser_environment(), capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{server.log_tail()}"
     lines = done.stdout.splitlines()
-    assert len(lines) == 58 and all(line.startswith("ok ") for line in lines), done.stdout
+    assert len(lines) == 60 and all(line.startswith("ok ") for line in lines), done.stdout

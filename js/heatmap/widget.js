@@ -26,9 +26,13 @@ export function addMapWidget(node, name, view) {
   return widget;
 }
 
-/** Make room; the node never shrinks below what the user gave it. */
+/**
+ * Make room; the node never shrinks below what the user gave it. Vue nodes are as high as their content by themselves:
+ * another height would be a change of the workflow, and cost one more step of undo.
+ */
 export function grow(node, least = 0) {
-  const [width, height] = node.computeSize();
+  const [width, wished] = node.computeSize();
+  const height = window.LiteGraph?.vueNodesMode ? 0 : wished;
   const wanted = [Math.max(width, least, node.size[0]), Math.max(height, node.size[1])];
   if (wanted[0] === node.size[0] && wanted[1] === node.size[1]) return;
   node.setSize(wanted);

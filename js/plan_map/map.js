@@ -360,7 +360,7 @@ export class PlanMap {
     const rows = this.data.options.filter((option) => layer.costs[option.index]).map((option) => {
       const cost = costOf(layer, option.index);
       const numbers = this.data.priced ? [short(cost.error), short(cost.damage)] : [];
-      return [option.index === own ? "▸" : "", option.title, gigabytes(cost.bytes), ...numbers];
+      return [option.index === own ? "▸" : "", option.title, kilobytes(cost.bytes), ...numbers];
     });
     const titles = ["", "", "size", ...(this.data.priced ? ["error", "damage"] : [])];
     const told = this.edits.has(layer.name) ? [make("div", "", "set by hand")] : [];
@@ -372,6 +372,11 @@ function button(text, act, title = "", disabled = false) {
   const element = make("button", "", text);
   Object.assign(element, { type: "button", title, disabled, onclick: act });
   return element;
+}
+
+/** Of one layer. */
+function kilobytes(bytes) {
+  return bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(2)} MB`;
 }
 
 function layers(count) {

@@ -114,6 +114,8 @@ async function checkUndo(name, page, set) {
   check(`${name}: Ctrl+Y sets them again`, JSON.stringify(redone.edits) === JSON.stringify(after.edits) && redone.sums === after.sums, redone.sums);
   await page.keyboard.press("Control+z");
   await page.waitForTimeout(1500);
+  const again = await page.evaluate(look);
+  check(`${name}: one step of undo is one edit`, JSON.stringify(again.edits) === JSON.stringify(set.edits), again.edits);
 }
 
 async function checkKeys(name, page) {
