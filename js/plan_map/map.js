@@ -135,7 +135,7 @@ export class PlanMap {
     const changed = chosen.some((option, i) => option !== data.free[i].chosen);
     const told = make("span", "cq-sums", "", [make("b", "", `${changed ? "≈ " : ""}${now[0]}`), ` · ${now.slice(1).join(" · ")}`]);
     const was = sums(data, data.free.map((layer) => layer.chosen));
-    told.append(make("div", "cq-was", changed ? `planned: ${was.join(" · ")} – run to plan it anew` : "as planned"));
+    told.append(make("div", "cq-was", changed ? `planned: ${was.join(" · ")} – run to plan it anew` : `as planned for ${data.source}`));
     told.setAttribute("role", "status");
     const strange = [...edits.keys()].filter((name) => !data.byName.has(name)).length;
     const hand = edits.size ? [`${edits.size} set by hand${strange ? `, ${strange} of them not in this model` : ""}`, this.#resetAll()] : [];
@@ -342,8 +342,18 @@ export class PlanMap {
     else if ((key === "Delete" || key === "Backspace") && selection.cells.size) return this.#reset() ?? true;
     else return false;
     this.#selected();
-    this.map.querySelector(".cq-cursor")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    this.#reveal(this.map.querySelector(".cq-cursor"));
     return true;
+  }
+
+  /** Scroll the map, and nothing around it, as far as it takes to see a cell beside its row's label. */
+  #reveal(cell) {
+    if (!cell) return;
+    const box = this.map.parentElement;
+    const label = this.map.querySelector(".cq-label").offsetWidth;
+    const { offsetLeft: left, offsetTop: top, offsetWidth: width, offsetHeight: height } = cell;
+    box.scrollLeft = Math.min(Math.max(box.scrollLeft, left + width - box.clientWidth), left - label);
+    box.scrollTop = Math.min(Math.max(box.scrollTop, top + height - box.clientHeight), top);
   }
 
   #hover(event) {

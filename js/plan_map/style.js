@@ -12,7 +12,7 @@ export const STYLE = `
 .calibquant-plan :focus-visible { outline: 2px solid var(--cq-focus); outline-offset: 1px; }
 .calibquant-plan { --cq-focus: #4aa3ff; }
 .calibquant-plan .cq-tools { display: flex; flex-wrap: wrap; align-items: center; gap: 5px; margin-top: 7px; min-height: 22px; }
-.calibquant-plan .cq-scroll { margin-top: 7px; }
+.calibquant-plan .cq-scroll { position: relative; margin-top: 7px; }
 .calibquant-plan .cq-tools .cq-gap { flex: 1; }
 .calibquant-plan .cq-key { min-width: 18px; padding: 0 2px; border-radius: 2px; font: 600 9px/14px sans-serif; text-align: center; }
 .calibquant-plan .cq-count { color: var(--descrip-text, #999); font-variant-numeric: tabular-nums; }
