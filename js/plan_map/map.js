@@ -135,7 +135,8 @@ export class PlanMap {
     const changed = chosen.some((option, i) => option !== data.free[i].chosen);
     const told = make("span", "cq-sums", "", [make("b", "", `${changed ? "≈ " : ""}${now[0]}`), ` · ${now.slice(1).join(" · ")}`]);
     const was = sums(data, data.free.map((layer) => layer.chosen));
-    told.append(make("div", "cq-was", changed ? `planned: ${was.join(" · ")} – run to plan it anew` : `as planned for ${data.source}`));
+    const asPlanned = this.drawn ? `as planned for ${data.source}` : "";
+    told.append(make("div", "cq-was", changed ? `planned: ${was.join(" · ")} – run to plan it anew` : asPlanned));
     told.setAttribute("role", "status");
     const strange = [...edits.keys()].filter((name) => !data.byName.has(name)).length;
     const hand = edits.size ? [`${edits.size} set by hand${strange ? `, ${strange} of them not in this model` : ""}`, this.#resetAll()] : [];
