@@ -1,6 +1,7 @@
 // Shows what a CalibQuant node is doing, then its result (sizes, layers per format, worst layer), on the node.
 //
 // The words come from results.js. A DOM widget, because both renderers draw one: the canvas and Vue nodes.
+import { grow } from "./heatmap/widget.js";
 import { onWords } from "./results.js";
 
 const WIDGET = "calibquant_result";
@@ -19,14 +20,6 @@ function makeElements() {
     `font:12px/${LINE}px sans-serif;white-space:pre-wrap;overflow-wrap:anywhere;user-select:text`;
   box.append(text);
   return { box, text };
-}
-
-/** Make room for the text; the node never shrinks below what the user gave it. */
-function grow(node) {
-  const [width, height] = node.computeSize();
-  if (width <= node.size[0] && height <= node.size[1]) return;
-  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
-  node.setDirtyCanvas?.(true, true);
 }
 
 function addWidget(node) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from comfy_api.latest import io
@@ -15,6 +15,7 @@ from ..quant_core.planning import budget, costs, targets
 from ..quant_core.planning.costs import CostTable
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
+from ..quant_core.reports.plan_map import Priced
 from ..quant_core.rounding.pack import pick_device
 from .comfyui import feedback, patches
 
@@ -80,15 +81,16 @@ def make(
     seen: Calibration | None,
     input_scale: bool,
     pre_quant_scale: bool,
+    fixed: Mapping[str, str],
     fold: bool = False,
     split: str = "",
-) -> Plan:
-    """The plan of one of the three strategies; ``probed`` is asked only where the probe is needed."""
+) -> tuple[Plan, Priced]:
+    """The plan of one of the three strategies, and what it was chosen from; ``probed`` is asked only where needed."""
     if pre_quant_scale:
         raise OptionError(f"pre_quant_scale does not go with the strategy {strategy['strategy']}: switch it off")
     kind = strategy["strategy"]
     slow = None if strategy["max_slow"] >= 1 else strategy["max_slow"]
-    wish = budget.Wish(kind, strategy[kind] * (1e9 if kind == "size" else 1), strategy["tie"], slow)
+    wish = budget.Wish(kind, strategy[kind] * (1e9 if kind == "size" else 1), strategy["tie"], slow, fixed)
     wish.check()
     gpu = targets.this_gpu() if strategy["gpu"] == THIS_MACHINE else strategy["gpu"]
     options = costs.choose_options(strategy["formats"].strip() or None, gpu, patches.CORE)
@@ -101,7 +103,9 @@ def make(
     probe = probed() if seen is None or weighting == "score" else None
     how = costs.made_with(source, gpu, options, "auto", input_scale, seen, fold)
     table = table_of(source, how, seen, lambda: probe, feedback.progress()(0))
-    return budget.plan(source, table, wish, weighting=weighting, calibration=seen, probed=probe)
+    made = budget.plan(source, table, wish, weighting=weighting, calibration=seen, probed=probe)
+    assert made.asked is not None
+    return made, (table, made.asked.damages(source)[1])
 
 
 def table_of(

@@ -6,17 +6,28 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.probe import Probe
-from ..quant_core.files.text import change_of_size
+from ..quant_core.files.text import change_of_size, counted
 from ..quant_core.formats import title
 from ..quant_core.models.source import Source
-from ..quant_core.planning import convert_to_quant, folding, folds, recipes, rotation, scoring, splitting, targets
+from ..quant_core.planning import (
+    convert_to_quant,
+    costs,
+    folding,
+    folds,
+    recipes,
+    rotation,
+    scoring,
+    splitting,
+    targets,
+)
+from ..quant_core.planning import edits as by_hand
 from ..quant_core.planning.plan import Plan
-from ..quant_core.reports import planned
+from ..quant_core.reports import plan_map, planned
 from . import budgets
 from .comfyui import feedback, folders, patches
 from .probe import chosen, percentile_inputs, probe_file
@@ -38,6 +49,7 @@ class CalibQuantPlan(io.ComfyNode):
                 *("quantize", "compress", "shrink", "convert", "fp4"),
                 *("nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"),
             ],
+            is_output_node=True,  # the map is a result of its own; and a cached plan shows it again
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -104,6 +116,15 @@ class CalibQuantPlan(io.ComfyNode):
                     "size, bits and max_error a rank, and each layer gets what pays. "
                     "Saves two files that belong together: load them with Load Split Model. Empty: none.",
                 ),
+                io.String.Input(
+                    "edits",
+                    default="",
+                    optional=True,
+                    socketless=True,
+                    tooltip='Layers set by hand, as JSON {"LAYER": "FORMAT"}: the map on the node writes it. All other '
+                    "layers are planned around them.",
+                    extra_dict={"hidden": True},  # an input all the same: in the workflow, and for API clients
+                ),
             ],
             outputs=[PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
@@ -125,36 +146,42 @@ class CalibQuantPlan(io.ComfyNode):
         rotate: str = "auto",
         smooth: str = "none",
         split: str = "",
+        edits: str = "",
     ) -> io.NodeOutput:
-        strategy = chosen("strategy", strategy, _STRATEGIES)
+        strategy, fixed = chosen("strategy", strategy, _STRATEGIES), by_hand.from_json(edits)
         if pre_quant_scale:
             patches.require_pre_quant_scale()
         with Source(folders.model_path(model_name)) as source:
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
+            unedited, priced, warnings = None, None, []
             if strategy["strategy"] in _BUDGETS:
                 _check_same_file(probe, source)
                 words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
-                plan, warnings = budgets.make(source, *words, smooth == "fold", split.strip()), []
+                plan, priced = budgets.make(source, *words, fixed, smooth == "fold", split.strip())
                 smooth = split = ""  # were options like the formats
             else:
-                plan, warnings = _plan(source, model_name, strategy, probe, seen)
+                unedited, warnings = _plan(source, model_name, strategy, probe, seen)
+                plan = by_hand.applied(source, unedited, fixed)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _folded(source, plan, seen) if smooth == "fold" else plan
             if strategy["strategy"] == "recipe":
-                plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0))
+                plan = rotation.rotated(source, plan, rotate, seen, feedback.progress()(0), but=fixed)
             plan = _smoothed(source, plan, seen) if pre_quant_scale else plan
             plan = _split(source, plan, seen, split) if split.strip() else plan
             plan = replace(plan, path=source.path, seen=calibration.current if calibration else None)
             told = [*source.warnings(), *warnings, *patches.check_core(plan)]
             notes = [f"warning: {note}" for note in told if note]
             before, branches = source.checkpoint.nbytes(), splitting.summary(source, plan)
+            options = priced[0].options if priced else costs.choose_options(None, "any", patches.CORE)
+            drawn = plan_map.document(source, plan, options, fixed, priced, seen if input_scale else None, unedited)
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in plan.count().items())
         sizes = change_of_size(before, plan.size)
         lines = [f"{source.architecture.title}: {counts}", sizes, *folds.summary(plan.folds), *branches]
+        lines += [counted(len(fixed), "layer") + " set by hand"] * bool(fixed)
         lines += [*notes, *planned.lines(plan, source)]
-        return io.NodeOutput(plan, ui=ui.PreviewText("\n".join(lines)))
+        return io.NodeOutput(plan, ui={"text": ["\n".join(lines)], "calibquant_plan": [drawn]})
 
 
 def _recipe_input() -> io.Combo.Input:

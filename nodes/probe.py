@@ -182,17 +182,10 @@ def document(probed: Probe, scored: Scored) -> dict[str, Any]:
         "titles": [title(fmt) for fmt in formats],
         "noise": [NOISE[fmt] * (SAMPLE / probed.sample) ** 0.5 for fmt in formats],
         "correlations": {name: [row[fmt] for fmt in formats] for name, row in probe.correlations(probed).items()},
-        "types": _types(probed),
+        "types": architectures.map_rows(probed.layers),
         "fields": FIELDS,
         "layers": [_row(layer, decided.get(layer.name, ("", None, ""))) for layer in probed.layers],
     }
-
-
-def _types(probed: Probe) -> list[str]:
-    layers = [layer for layer in probed.layers if layer.block is not None]
-    subgraphs = list(dict.fromkeys(layer.subgraph for layer in layers))
-    rows = {(layer.subgraph != "main", subgraphs.index(layer.subgraph), layer.type) for layer in layers}
-    return [name for _, _, name in sorted(rows)]
 
 
 def _row(layer: LayerProbe, decision: tuple[str, float | None, str]) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import CalibQuantError, OptionError
 from ..locate import find_comfyui
 from .bar import Bar
-from .options import above_zero, number, path, regex, split_amount
+from .options import above_zero, layer_format, number, path, regex, split_amount
 from .quiet import stdout_of_libraries_to_stderr
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ SMOOTHING_HELP = "smooth the inputs of NVFP4 layers; only for a ComfyUI newer th
 FORMATS_HELP = "default: all that ComfyUI reads, weight-only (w4a16) ones excepted"
 WEIGHTING_HELP = "what a layer's error is worth (default: gradient where the calibration has it, else uniform)"
 SLOW_HELP = "share of the multiplications that may run outside native kernels"
+SET_HELP = "this format for a layer, whatever else decides; a name or a regular expression; may be repeated"
 BUDGETS = ("size", "bits", "max_error")
 
 
@@ -58,6 +59,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     budget.add_argument("--tie", action="store_true", help="one format for q, k and v, and for gate and up, of a block")
     budget.add_argument("--max-slow", type=number, metavar="T", help=SLOW_HELP)
     budget.add_argument("--table", type=path, metavar="T.json", help="keep what was measured here, and use it again")
+    c.add_argument("--set", action="append", type=layer_format, default=[], metavar="LAYER=FORMAT", help=SET_HELP)
     c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
@@ -82,24 +84,27 @@ def _given(args: argparse.Namespace, *names: str) -> list[str]:
 
 
 def make_plan(source: Source, args: argparse.Namespace) -> Plan:
-    from ..planning import recipes, rotation
+    from ..planning import edits, recipes, rotation
 
+    fixed = edits.from_words(source, args.set)
     if args.smooth == "fold" and args.calibration is None:
         raise OptionError("--smooth fold needs --calibration C")
     calibration = calibration_of(source, args)
     if budget_of(args):
-        plan = _plan_for_budget(source, args, calibration)
+        plan = _plan_for_budget(source, args, calibration, fixed)
     else:
         if lost := _given(args, "formats", "weighting", "tie", "max_slow", "table"):
             raise OptionError(f"{lost[0]} goes with --size, --bits or --max-error")
-        plan = replace(_uncalibrated_plan(source, args, calibration), gpu=args.gpu or "")
+        plan = edits.applied(source, _uncalibrated_plan(source, args, calibration), fixed)
+        plan = replace(plan, gpu=args.gpu or "")
     if calibration is not None:
         plan = plan if args.no_input_scale else recipes.calibrated(source, plan, calibration)
         if args.smooth == "fold" and not budget_of(args):
             plan = _folded(source, plan, calibration)
         plan = replace(plan, seen=lambda: calibration)
     with Bar("rotate") as bar:  # convert_to_quant knows no rotation, so its words alone mean none
-        plan = rotation.rotated(source, plan, args.rotate or ("auto" if args.recipe else "never"), calibration, bar)
+        how = args.rotate or ("auto" if args.recipe else "never")
+        plan = rotation.rotated(source, plan, how, calibration, bar, but=fixed)
     plan = _smoothed(source, plan, calibration) if args.pre_quant_scale else plan
     return _split(source, plan, calibration, args.split) if args.split and not budget_of(args) else plan
 
@@ -125,7 +130,9 @@ def budget_of(args: argparse.Namespace) -> list[str]:
     return [name for name in BUDGETS if getattr(args, name) is not None]
 
 
-def _plan_for_budget(source: Source, args: argparse.Namespace, calibration: Calibration | None) -> Plan:
+def _plan_for_budget(
+    source: Source, args: argparse.Namespace, calibration: Calibration | None, fixed: dict[str, str]
+) -> Plan:
     from ..planning import budget, costs, targets
 
     ways = [args.recipe, args.percentiles, args.keep_ratio is not None, args.base, args.rotate, args.pre_quant_scale]
@@ -133,7 +140,7 @@ def _plan_for_budget(source: Source, args: argparse.Namespace, calibration: Cali
         raise OptionError("give one of --size, --bits, --max-error, without --recipe and other ways to decide")
     (kind,) = budget_of(args)
     amount = getattr(args, kind) * (1e9 if kind == "size" else 1)
-    wish = budget.Wish(kind, amount, args.tie, args.max_slow)
+    wish = budget.Wish(kind, amount, args.tie, args.max_slow, fixed)
     wish.check()
     for note in source.warnings():
         print(f"warning: {note}", file=sys.stderr)

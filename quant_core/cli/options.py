@@ -52,3 +52,13 @@ def regex(text: str) -> str:
     except re.error as e:
         raise argparse.ArgumentTypeError(f"no regular expression: {e}") from e
     return text
+
+
+def layer_format(text: str) -> str:
+    from ..planning.costs import OPTIONS
+
+    pattern, _, option = text.rpartition("=")
+    if not pattern or option not in OPTIONS:
+        raise argparse.ArgumentTypeError(f"{text!r}: write LAYER=FORMAT, FORMAT one of {', '.join(OPTIONS)}")
+    regex(pattern)
+    return text

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError("give --plan PLAN.json, or --recipe NAME or another way to decide (one of the two)")
     making = decision.words_of_base(args) + ["--pre-quant-scale"] * args.pre_quant_scale
     making += ["--no-input-scale"] * args.no_input_scale + ["--smooth"] * (args.smooth is not None)
-    making += ["--split"] * bool(args.split)
+    making += ["--split"] * bool(args.split) + ["--set"] * bool(args.set)
     if args.plan and making:
         raise OptionError(f"{making[0]} is for making a plan: give it to `calibquant plan`")
     if args.split:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CalibQuantError
-from ..models.architectures import LayerInfo
+from ..models.architectures import LayerInfo, layer_type
 from ..models.modelfile import ModelFile
 from ..progress import Progress
 from .measure import E4M3_GRID, Rows, errors
@@ -55,8 +55,7 @@ class LayerProbe:
 
     @property
     def type(self) -> str:
-        """The kind, with the sub-graph before it where that is not the main one."""
-        return self.kind if self.subgraph in ("main", "") else f"{self.subgraph}.{self.kind}"
+        return layer_type(self.subgraph, self.kind)
 
     @property
     def dynamic_range(self) -> float:

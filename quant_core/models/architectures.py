@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ..errors import CalibQuantError
 
@@ -38,6 +39,21 @@ class LayerInfo:
     detects_shape: str  # why the layer must never be NVFP4, "" otherwise
     note: str = ""  # what is known of its sensitivity; binds nobody, recipes and reports may use it
     not_linear: str = ""  # why no format can ever be loaded for it (it is then protected too), "" otherwise
+
+    @property
+    def type(self) -> str:
+        return layer_type(self.subgraph, self.kind)
+
+
+class Mapped(Protocol):
+    """What has a place on a map of layer types and blocks."""
+
+    @property
+    def subgraph(self) -> str: ...
+    @property
+    def block(self) -> int | None: ...
+    @property
+    def type(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,19 @@ class Architecture:
                 where = name.removesuffix(kind) if scope == "block" else "*."
                 return where + "{" + ",".join(kinds) + "}"
         return ""
+
+
+def layer_type(subgraph: str, kind: str) -> str:
+    """The kind, with the sub-graph before it where that is not the main one."""
+    return kind if subgraph in ("main", "") else f"{subgraph}.{kind}"
+
+
+def map_rows(layers: Iterable[Mapped]) -> list[str]:
+    """The types of the layers inside blocks, as the rows of a map: main blocks first, then the other sub-graphs."""
+    inside = [layer for layer in layers if layer.block is not None]
+    subgraphs = list(dict.fromkeys(layer.subgraph for layer in inside))
+    rows = {(layer.subgraph != "main", subgraphs.index(layer.subgraph), layer.type) for layer in inside}
+    return [name for _, _, name in sorted(rows)]
 
 
 def detect(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Architecture:

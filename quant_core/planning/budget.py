@@ -13,7 +13,6 @@ layers' relative errors.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,16 +23,14 @@ import numpy as np
 from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration
 from ..evidence.probe import Probe
-from ..files.checkpoint import make_header
-from ..files.markers import METADATA_KEY, PROVENANCE_KEY
 from ..files.text import gigabytes
 from ..formats import SOURCE
 from ..models.source import Source
 from ..rounding.layerplan import LayerPlan
-from . import folds, scoring
+from . import edits, folds, scoring
 from .allocation import Item, Solution, least_bytes, least_damage
-from .costs import CostTable, entries, layer_plan
-from .layout import branch_size, branch_specs, layer_config, layer_specs
+from .costs import Cost, CostTable, entries, layer_plan
+from .layout import branch_size, header_bytes, layer_specs
 from .plan import Plan
 from .recipes import RECIPES, calibrated, legal, make_plan, sized, summary
 from .targets import NATIVE, multiplications
@@ -41,6 +38,7 @@ from .targets import NATIVE, multiplications
 WEIGHTINGS = ("gradient", "hswq", "score", "uniform")
 KINDS = {"size": "a file of {} bytes", "bits": "{:g} bits a weight", "max_error": "an error of {:g}"}
 POINTS, CURVE_GAP = 9, 0.005  # of the size-error curve, and how far above the least errors it may run
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # of options
 ROUNDS = 5  # of solving again because the header turned out longer than estimated
 
 
@@ -50,12 +48,14 @@ class Wish:
     layers that may be quantized per weight of theirs; or ``max_error``, the total damage. tied: layers of a block that
     see one input (q, k and v; gate and up) get one format. max_slow: the share of the multiplications of those layers
     that may run outside native kernels.
+    fixed: layer -> option, set by hand: counted, and stronger than a tie.
     """
 
     kind: str
     amount: float
     tied: bool = False
     max_slow: float | None = None
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         if self.kind not in KINDS or not 0 < self.amount < math.inf:
@@ -152,6 +152,12 @@ def _weights(
     raise OptionError(f"weighting {weighting!r}: use one of {', '.join(WEIGHTINGS)}")
 
 
+def reason_of(table: CostTable, cost: Cost, damage: float) -> str:
+    """What a plan says of a layer's option."""
+    of = "output error as loaded" if table.measured else "weight error"
+    return f"{of} {cost.error:.1e}, damage {damage:.1e}"
+
+
 @dataclass(frozen=True)
 class _Option:
     """nbytes: of tensors. header: bytes that it adds to headers, but for the digits of offsets. slow: work outside
@@ -162,6 +168,9 @@ class _Option:
     nbytes: int
     header: int
     slow: float
+
+
+Groups = list[tuple[list[str], list[str]]]  # layers that get one option, and the options that they may get
 
 
 class _Budget:
@@ -186,7 +195,11 @@ class _Budget:
             name: {o: self._option(name, o, made[name][o], damage) for o, damage in damages[name].items()}
             for name in table.layers
         }
-        self._groups = self._tie() if wish.tied else [([name], list(o)) for name, o in self._layers.items()]
+        self._free = self._tie() if wish.tied else [([name], list(o)) for name, o in self._layers.items()]
+        for name, option in wish.fixed.items():
+            self._set_by_hand(name, option)
+        rest = [([n for n in names if n not in wish.fixed], options) for names, options in self._free]
+        self._groups = [g for g in rest if g[0]] + [([name], [option]) for name, option in wish.fixed.items()]
         self._weights = sum(math.prod(source.shape(name)) for name in table.layers)
         least = self._assemble(least_bytes(self._items(self._file_bytes)))
         # Bytes of all the rest of the file.
@@ -194,14 +207,28 @@ class _Budget:
 
     def _option(self, name: str, option: str, entry: LayerPlan, damage: float) -> _Option:
         cost = self._table.layers[name][option]
-        of = "output error as loaded" if self._table.measured else "weight error"
         branch = f"; branch of rank {entry.rank}" * bool(entry.rank)
-        entry = replace(entry, reason=f"{of} {cost.error:.1e}, damage {damage:.1e}{branch}")
+        entry = replace(entry, reason=reason_of(self._table, cost, damage) + branch)
         rows, columns = self._source.shape(name)
         slow = entry.rank * (1 / rows + 1 / columns) if cost.speed == NATIVE else 1.0
-        return _Option(entry, damage, cost.nbytes, _header(self._source, name, entry), slow * self._work[name])
+        return _Option(entry, damage, cost.nbytes, header_bytes(self._source, name, entry), slow * self._work[name])
 
-    def _tie(self) -> list[tuple[list[str], list[str]]]:
+    def _set_by_hand(self, name: str, option: str) -> None:
+        """Check it, and say so in the plan; a layer may stay in 16 bit though the table has no such option."""
+        made, options = edits.entry(self._source, name, option), self._layers[name]
+        if option not in options and made.format != SOURCE:
+            where = f"{self._source.path}: layer {name}"
+            raise CalibQuantError(f"{where}: {option} is not among the formats of this plan: add it to --formats")
+        known = options.get(option) or self._kept(name, made)
+        entry = replace(known.entry, reason=f"{edits.REASON}; {known.entry.reason}".removesuffix(f"; {edits.REASON}"))
+        options[option] = replace(known, entry=entry, header=header_bytes(self._source, name, entry))
+
+    def _kept(self, name: str, entry: LayerPlan) -> _Option:
+        """A layer in 16 bit where the table has no such option."""
+        kept = sum(spec.nbytes for spec in layer_specs(self._source, name, LayerPlan(SOURCE, "")))
+        return _Option(entry, 0.0, kept, 0, self._work[name])
+
+    def _tie(self) -> Groups:
         """Layers that see one input in one block, with the options that all of them have."""
         groups: dict[tuple[object, ...], list[str]] = {}
         for name in self._layers:
@@ -224,13 +251,13 @@ class _Budget:
     def _file_bytes(option: _Option) -> float:
         return option.nbytes + option.header
 
-    def _items(self, nbytes: Callable[[_Option], float]) -> list[Item]:
+    def _items(self, nbytes: Callable[[_Option], float], groups: Groups | None = None) -> list[Item]:
         def sums(names: list[str], options: list[str], value: Callable[[_Option], float]) -> np.ndarray[Any, Any]:
             return np.array([sum(value(self._layers[n][o]) for n in names) for o in options], np.float64)
 
         return [
             Item(sums(*group, lambda o: o.damage), sums(*group, nbytes), sums(*group, lambda o: o.slow))
-            for group in self._groups
+            for group in groups or self._groups
         ]
 
     def _max_slow(self) -> float | None:
@@ -270,8 +297,7 @@ class _Budget:
         for name, entry in made.layers.items():
             if name in self._layers:
                 known = {_key(o.entry): o for o in self._layers[name].values()}
-                kept = sum(spec.nbytes for spec in layer_specs(self._source, name, LayerPlan(SOURCE, "")))
-                known.setdefault(_key(LayerPlan(SOURCE, "")), _Option(entry, 0.0, kept, 0, self._work[name]))
+                known.setdefault(_key(LayerPlan(SOURCE, "")), self._kept(name, entry))
                 found.append(known[_key(entry)])
             elif entry.format != SOURCE:
                 raise KeyError(name)
@@ -345,9 +371,12 @@ class _Budget:
             "controls": _controls(points, self._size(made)),
         }
 
-    def _curve(self) -> list[dict[str, float]]:
-        """The least error at sizes from the smallest possible to that of the least error."""
-        items, slow = self._items(self._file_bytes), self._max_slow()
+    def _curve(self) -> list[dict[str, Any]]:
+        """The least error at sizes from the smallest possible to that of the least error, nothing set by hand.
+
+        chosen: for each layer of the table the number of its option in ``table.options``, as one digit.
+        """
+        items, slow = self._items(self._file_bytes, self._free), self._max_slow()
         ends = least_bytes(items, max_slow=slow), least_damage(items, math.inf, slow)
         totals = [end.total([i.nbytes for i in items]) for end in ends if end]
         curve = []
@@ -355,9 +384,14 @@ class _Budget:
             solution = ends[0] if limit <= min(totals) else least_damage(items, float(limit), slow, CURVE_GAP)
             if solution:
                 error = solution.total([i.damage for i in items])
-                made = {"size": round(self._fixed + solution.total([i.nbytes for i in items])), "error": error}
-                curve.append(made)
+                size = round(self._fixed + solution.total([i.nbytes for i in items]))
+                curve.append({"size": size, "error": error, "chosen": self._digits(solution)})
         return curve
+
+    def _digits(self, solution: Solution) -> str:
+        made = zip(self._free, solution.chosen, strict=True)
+        digits = {n: DIGITS[self._table.options.index(options[i])] for (names, options), i in made for n in names}
+        return "".join(digits[name] for name in self._layers)
 
     def others(self) -> Iterator[tuple[str, Plan]]:
         """Every option wherever it fits, with what falls back in its place; and this family's published recipes."""
@@ -397,15 +431,3 @@ def _controls(points: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     nearest = min(points, key=lambda p: abs(p["size"] - size), default=None)
     found = [p for p in (best, nearest) if p is not None]
     return found[:1] if len(found) == 2 and found[0] is found[1] else found
-
-
-def _header(source: Source, layer: str, entry: LayerPlan) -> int:
-    """Bytes of the file's header that are this layer's, and of its branch's in the other file."""
-    config = layer_config(entry, source.shape(layer))
-    ours = {METADATA_KEY: json.dumps({layer: config})} if config else {}
-    ours[PROVENANCE_KEY] = json.dumps({layer: [entry.format, entry.reason]}, ensure_ascii=False)
-    nbytes = len(make_header(layer_specs(source, layer, entry), ours)[0])
-    if entry.rank:  # said in both files
-        said, alone = json.dumps({layer: entry.rank}), Plan("", "", "", {layer: entry})
-        nbytes += len(make_header(branch_specs(source, alone), {PROVENANCE_KEY: said})[0]) + len(json.dumps(said))
-    return nbytes

@@ -103,6 +103,12 @@ class CostTable:
         return self.made_with.calibration is not None
 
     @property
+    def options(self) -> list[str]:
+        """Those that any layer has: what was asked for, and bf16 where nothing of that fits."""
+        asked = dict.fromkeys((*self.made_with.options, "bf16"))
+        return [name for name in asked if any(name in costs for costs in self.layers.values())]
+
+    @property
     def has_damage(self) -> bool:
         return all(cost.damage is not None for costs in self.layers.values() for cost in costs.values())
 
@@ -164,6 +170,13 @@ def with_branches(options: tuple[str, ...], gpu: str, wanted: str) -> tuple[str,
         able = entry.format not in WITHOUT and rounds_inputs(entry, gpu)
         found += [option, *(f"{option}{RANK}{rank}" for rank in ranks if able)]
     return tuple(found)
+
+
+def option_of(entry: LayerPlan) -> str:
+    """The name of what an entry of a plan is; its format where no option is that."""
+    names = [name for name, (fmt, _) in OPTIONS.items() if fmt == entry.format]
+    name = next((name for name in names if OPTIONS[name][1] == entry.full_precision), [*names, entry.format][0])
+    return name + f"{RANK}{entry.rank}" * bool(entry.rank)
 
 
 def layer_plan(option: str) -> LayerPlan:
@@ -292,7 +305,7 @@ def _measure_layer(
     weight, where = folding.merged(source.load(name), f"{name}.weight", merge), f"{source.path}: layer {name}"
     bias, costs, widest = _bias(source, name, merge), dict[str, Cost](), dict[str, Branch]()
     for option, entry in options.items():
-        nbytes, kind = _nbytes(source, name, entry), speed(entry, gpu)
+        nbytes, kind = stored_bytes(source, name, entry), speed(entry, gpu)
         if entry.format == SOURCE:
             costs[option] = Cost(0.0, nbytes, kind, None if damage is None else 0.0)
             continue
@@ -315,10 +328,11 @@ def _measure_layer(
 
 def _pays(source: Source, name: str, entry: LayerPlan) -> bool:
     """Whether the layer with its branch is smaller than in 16 bit."""
-    return _nbytes(source, name, entry) < _nbytes(source, name, LayerPlan(SOURCE, ""))
+    return stored_bytes(source, name, entry) < stored_bytes(source, name, LayerPlan(SOURCE, ""))
 
 
-def _nbytes(source: Source, name: str, entry: LayerPlan) -> int:
+def stored_bytes(source: Source, name: str, entry: LayerPlan) -> int:
+    """Bytes of the layer's tensors, its branch in the other file included."""
     branch = entry.rank * splitting.rank_bytes(source.shape(name)) if entry.rank else 0
     return sum(spec.nbytes for spec in layer_specs(source, name, entry)) + branch
 
@@ -339,7 +353,7 @@ def guess(source: Source, probed: Probe, how: MadeWith) -> CostTable:
         layers[name] = {
             option: Cost(
                 _guessed(errors[name], entry.format, how.rounding),
-                _nbytes(source, name, entry),
+                stored_bytes(source, name, entry),
                 speed(entry, how.gpu),
             )
             for option, entry in options.items()

@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__
 from ..errors import CalibQuantError
-from ..files.checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size
+from ..files.checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size, make_header
 from ..files.markers import METADATA_KEY, PROVENANCE_KEY, SPLIT, header_layers
 from ..formats import FORMATS, SOURCE, changes_shape
 from ..models import lora
@@ -50,6 +50,19 @@ def layer_specs(source: Source, layer: str, entry: LayerPlan) -> list[TensorSpec
     if config is not None:
         specs.append(TensorSpec(f"{layer}.comfy_quant", torch.uint8, (len(encode_config(config)),)))
     return specs
+
+
+def header_bytes(source: Source, layer: str, entry: LayerPlan) -> int:
+    """Bytes of the output's header that are this layer's, and of its branch's in the other file, but for the digits of
+    offsets."""
+    config = layer_config(entry, source.shape(layer))
+    ours = {METADATA_KEY: json.dumps({layer: config})} if config else {}
+    ours[PROVENANCE_KEY] = json.dumps({layer: [entry.format, entry.reason]}, ensure_ascii=False)
+    nbytes = len(make_header(layer_specs(source, layer, entry), ours)[0])
+    if entry.rank:  # said in both files
+        said, alone = json.dumps({layer: entry.rank}), Plan("", "", "", {layer: entry})
+        nbytes += len(make_header(branch_specs(source, alone), {PROVENANCE_KEY: said})[0]) + len(json.dumps(said))
+    return nbytes
 
 
 def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -29,15 +30,18 @@ def rotated(
     rotate: str = "auto",
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    but: Collection[str] = (),
 ) -> Plan:
     """The plan with INT8 layers rotated: ``always`` where the width divides, ``auto`` where that measures better.
 
     Measured is nearest rounding, weights and inputs together, on the calibration's rows; without rows the weights
-    alone. Reads every INT8 layer once. The file keeps its size but for a few bytes of markers.
+    alone. Reads every INT8 layer once, those in ``but`` excepted, which stay as they are. The file keeps its size but
+    for a few bytes of markers.
     """
     if rotate not in CHOICES:
         raise OptionError(f"rotate {rotate!r}: use one of {', '.join(CHOICES)}")
-    wanted = [name for name, entry in plan.layers.items() if entry.format == PLAIN and _divides(source, name)]
+    free = {name: entry for name, entry in plan.layers.items() if name not in but}
+    wanted = [name for name, entry in free.items() if entry.format == PLAIN and _divides(source, name)]
     if rotate == "never" or not wanted:
         return plan
     layers, merge = dict(plan.layers), folds.merge(source, plan.folds)
