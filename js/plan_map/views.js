@@ -5,6 +5,7 @@ import { costOf, sensitivity } from "./document.js";
 
 // Two letters carry what the colour says. Hues after Okabe and Ito, told apart by colour-blind readers: blues and greens
 // for 4 to 6 bits, warm ones for 8, light grey for 16.
+const RANK = "+r"; // as costs.py names options
 const LOOKS = {
   nvfp4: ["N4", "#3d74b8"],
   "nvfp4-w4a16": ["NW", "#8cb8e0"],
@@ -18,7 +19,9 @@ const LOOKS = {
 };
 
 export function look(option) {
-  const [letters, background] = LOOKS[option.name] ?? [option.title.slice(0, 2).toUpperCase(), "#a0a8b0"];
+  const [name, rank] = option.name.split(RANK);
+  const [known, background] = LOOKS[name] ?? [option.title.slice(0, 2).toUpperCase(), "#a0a8b0"];
+  const letters = rank ? `${known[0]}+` : known; // with a branch, whose rank the tooltip and the legend say
   return { letters, background, ink: ink(background) };
 }
 
