@@ -11,7 +11,7 @@ from ..quant_core.errors import CalibQuantError, OptionError
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.probe import Probe
 from ..quant_core.models.source import Source
-from ..quant_core.planning import budget, costs, targets
+from ..quant_core.planning import budget, costs, targets, weighing
 from ..quant_core.planning.costs import CostTable
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
@@ -57,7 +57,7 @@ def _shared() -> list[Any]:
         ),
         io.Combo.Input(
             "weighting",
-            options=[DEFAULT, *budget.WEIGHTINGS],
+            options=[DEFAULT, *weighing.WEIGHTINGS],
             default=DEFAULT,
             tooltip="What a layer's error is worth. auto: gradient where the calibration has sensitivities, else "
             "uniform. hswq weighs by output variance, score by quant_probe's score.",

@@ -14,7 +14,7 @@ from quant_core.cli import main
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import probe
 from quant_core.models.source import Source
-from quant_core.planning import budget, costs, edits, plan, recipes, rotation
+from quant_core.planning import budget, costs, edits, plan, recipes, rotation, weighing
 from quant_core.planning.budget import Wish
 from quant_core.planning.plan import Plan
 from quant_core.reports import plan_map
@@ -142,7 +142,7 @@ def drawn(file: Path, wish: Wish, formats: str = FORMATS) -> tuple[dict[str, Any
     with Source(file) as source:
         table = table_of(source, formats)
         made = budget.plan(source, table, wish)
-        priced = table, budget.weigh(source, table)[1]
+        priced = table, weighing.weigh(source, table)[1]
         return plan_map.document(source, made, table.options, wish.fixed, priced), made
 
 
@@ -173,7 +173,7 @@ def test_every_point_of_the_curve_is_the_file_that_its_choice_makes(file: Path) 
     with Source(file) as source:
         table = table_of(source)
         first = budget.plan(source, table, Wish("bits", 6.0))
-        document = plan_map.document(source, first, table.options, {}, (table, budget.weigh(source, table)[1]))
+        document = plan_map.document(source, first, table.options, {}, (table, weighing.weigh(source, table)[1]))
     free = [row["name"] for row in rows_of(document) if not row["protected"]]
     names = [name for name, _, _ in document["options"]]
     assert len(document["curve"]) == budget.POINTS

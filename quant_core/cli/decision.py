@@ -32,7 +32,7 @@ BUDGETS = ("size", "bits", "max_error")
 
 
 def add_options(c: argparse.ArgumentParser) -> None:
-    from ..planning import budget as budgets
+    from ..planning import weighing
     from ..planning import convert_to_quant, costs, recipes, rotation, splitting, targets
 
     c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
@@ -55,7 +55,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     budget = c.add_argument_group("for --size, --bits and --max-error")
     budget.add_argument("--gpu", choices=list(targets.GPUS), help="the card that will run it (default: this machine's)")
     budget.add_argument("--formats", metavar="A,B,…", help=f"some of {','.join(costs.OPTIONS)}; {FORMATS_HELP}")
-    budget.add_argument("--weighting", choices=budgets.WEIGHTINGS, help=WEIGHTING_HELP)
+    budget.add_argument("--weighting", choices=weighing.WEIGHTINGS, help=WEIGHTING_HELP)
     budget.add_argument("--tie", action="store_true", help="one format for q, k and v, and for gate and up, of a block")
     budget.add_argument("--max-slow", type=number, metavar="T", help=SLOW_HELP)
     budget.add_argument("--table", type=path, metavar="T.json", help="keep what was measured here, and use it again")

@@ -21,7 +21,7 @@ from ..evidence.calibration import Calibration
 from ..formats import title
 from ..models.architectures import LayerInfo, map_rows
 from ..models.source import Source
-from ..planning.budget import reason_of
+from ..planning.choices import reason_of
 from ..planning.costs import OPTIONS, RANK, Cost, CostTable, entries, option_of, stored_bytes
 from ..planning.edits import REASON
 from ..planning.layout import branch_size, header_bytes
