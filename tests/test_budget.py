@@ -107,7 +107,7 @@ def test_the_smallest_file_within_an_error_is_the_least_error_of_its_size(file: 
 
 def test_more_bytes_never_mean_more_error(file: Path) -> None:
     found = make(file, Wish("bits", 7.0)).predicted
-    assert found is not None and len(found["curve"]) == budget.POINTS
+    assert found is not None and len(found["curve"]) == outlook.POINTS
     errors, sizes = [p["error"] for p in found["curve"]], [p["size"] for p in found["curve"]]
     assert errors == sorted(errors, reverse=True) and sizes == sorted(sizes)
     assert errors[-1] == 0.0 < errors[-2]

@@ -14,7 +14,7 @@ from quant_core.cli import main
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import probe
 from quant_core.models.source import Source
-from quant_core.planning import budget, costs, edits, plan, recipes, rotation, weighing
+from quant_core.planning import budget, costs, edits, outlook, plan, recipes, rotation, weighing
 from quant_core.planning.budget import Wish
 from quant_core.planning.plan import Plan
 from quant_core.reports import plan_map
@@ -176,7 +176,7 @@ def test_every_point_of_the_curve_is_the_file_that_its_choice_makes(file: Path) 
         document = plan_map.document(source, first, table.options, {}, (table, weighing.weigh(source, table)[1]))
     free = [row["name"] for row in rows_of(document) if not row["protected"]]
     names = [name for name, _, _ in document["options"]]
-    assert len(document["curve"]) == budget.POINTS
+    assert len(document["curve"]) == outlook.POINTS
     for point in document["curve"][::4]:
         chosen = [int(digit, 36) for digit in point["chosen"]]
         fixed = {name: names[i] for name, i in zip(free, chosen, strict=True)}

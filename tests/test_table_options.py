@@ -140,7 +140,7 @@ def small_table(source: Source) -> CostTable:
         losses = [*torch.rand(4, generator=generator).sort(descending=True).values.tolist(), 0.0]
         known = costs.entries(source, options)[name]
         layers[name] = {
-            option: Cost(losses[options.index(option)], costs._nbytes(source, name, entry), "native")
+            option: Cost(losses[options.index(option)], costs.stored_bytes(source, name, entry), "native")
             for option, entry in known.items()
         }
     how = costs.made_with(source, "blackwell", options)
@@ -265,7 +265,7 @@ def test_the_node_takes_ranks_and_folds_as_options(comfy: Path) -> None:
     model = {"model_name": "calibquant_digits_wan.safetensors", "smooth": "fold", "split": " 8 "}
     strategy = {"strategy": "size", "size": 0.00175, **words}
     done = node.execute(**model, strategy=strategy, calibration=SimpleNamespace(current=lambda: seen))
-    plan, said = done.result[0], done.ui.as_dict()["text"][0]
+    plan, said = done.result[0], done.ui["text"][0]
     assert plan.ranks() and plan.folds and plan.size < plan.predicted["size"] <= 1.75e6
     assert "more in a LoRA of their own" in said and "in native kernels" in said
     with pytest.raises(Exception, match="needs a calibration: link one"):

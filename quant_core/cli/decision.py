@@ -32,8 +32,7 @@ BUDGETS = ("size", "bits", "max_error")
 
 
 def add_options(c: argparse.ArgumentParser) -> None:
-    from ..planning import weighing
-    from ..planning import convert_to_quant, costs, recipes, rotation, splitting, targets
+    from ..planning import convert_to_quant, costs, recipes, rotation, splitting, targets, weighing
 
     c.add_argument("--recipe", choices=[*recipes.RECIPES, *HSWQ], help="a named rule set (hswq needs --calibration)")
     c.add_argument("--calibration", type=path, metavar="C", help="a *.calibration.safetensors of this model")
