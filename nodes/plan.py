@@ -46,7 +46,7 @@ class CalibQuantPlan(io.ComfyNode):
             category=CATEGORY,
             description="Decides a format for every layer of a 16-bit model, with a reason and the exact file size.",
             search_aliases=["quantize", "nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"],
-            is_output_node=True,  # the map is a result of its own; and a cached plan shows it again
+            has_intermediate_output=True,  # a cached plan shows its map again
             inputs=[
                 io.Combo.Input(
                     "model_name",
