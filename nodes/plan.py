@@ -49,7 +49,7 @@ class CalibQuantPlan(io.ComfyNode):
                 *("quantize", "compress", "shrink", "convert", "fp4"),
                 *("nvfp4", "mxfp8", "fp8", "int8", "w4a8", "convrot"),
             ],
-            is_output_node=True,  # the map is a result of its own; and a cached plan shows it again
+            has_intermediate_output=True,  # a cached plan shows its map again
             inputs=[
                 io.Combo.Input(
                     "model_name",

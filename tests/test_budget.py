@@ -18,7 +18,7 @@ from quant_core.cli import main
 from quant_core.errors import CalibQuantError
 from quant_core.evidence import probe
 from quant_core.models.source import Source
-from quant_core.planning import budget, costs, plan, targets
+from quant_core.planning import budget, costs, outlook, plan, targets
 from quant_core.planning.allocation import Item, least_bytes, least_damage
 from quant_core.planning.budget import Wish
 from quant_core.planning.plan import Plan

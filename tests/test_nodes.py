@@ -112,7 +112,7 @@ def test_a_file_that_this_core_cannot_load_is_told_by_both_nodes(pack: dict[str,
         .PREPARE_CLASS_CLONE(None)
         .EXECUTE_NORMALIZED(model_name=MODEL, plan=made.result[0], filename_prefix="test/w4a8", verify=True)
     )
-    for text in (made.ui.as_dict()["text"][0], saved.ui["text"][0]):
+    for text in (made.ui["text"][0], saved.ui["text"][0]):
         assert ("cannot load W4A8 layers: the file needs ComfyUI 0.31 or newer" in text) is not knows, text
     assert "needs ComfyUI 0.31 or newer" in saved.ui["text"][0]
 
@@ -379,7 +379,7 @@ def test_patterns_decide_as_convert_to_quant(pack: dict[str, Any]) -> None:
 def test_a_pattern_that_matches_nothing_is_said_on_the_node(pack: dict[str, Any]) -> None:
     words = {"base": "nvfp4", "custom_layers": "", "custom_type": "mxfp8", "exclude_layers": "bloks"}
     node = pack["CalibQuantPlan"].execute(model_name=MODEL, strategy={"strategy": "convert_to_quant", **words})
-    assert "warning: the pattern 'bloks' (excluded layer) matches no layer" in node.ui.as_dict()["text"][0]
+    assert "warning: the pattern 'bloks' (excluded layer) matches no layer" in node.ui["text"][0]
 
 
 @pytest.mark.parametrize("kind", ["size", "bits", "max_error"])
@@ -395,7 +395,7 @@ def test_plans_for_a_budget(pack: dict[str, Any], kind: str, monkeypatch: pytest
         done = node.execute(
             model_name=MODEL, strategy={**words, kind: amount, "max_slow": 1.0}, calibration=linked, input_scale=True
         )
-        plan, said = done.result[0], done.ui.as_dict()["text"][0]
+        plan, said = done.result[0], done.ui["text"][0]
         assert "size and least error" in said and "on Blackwell: of the linear work " in said
         if kind == "max_error":
             assert plan.predicted["error"] <= amount

@@ -41,9 +41,10 @@ def model(server: Server) -> Iterator[str]:
 
 
 def run(server: Server, model: str, strategy: dict[str, Any], edits: str) -> dict[str, Any]:
-    """The output of a plan; it needs no other node to be run."""
+    """The output of a plan."""
     inputs = {"model_name": model, **strategy, "edits": edits}
-    return server.post({"1": {"class_type": "CalibQuantPlan", "inputs": inputs}})["outputs"]["1"]
+    sink = {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}
+    return server.post({"1": {"class_type": "CalibQuantPlan", "inputs": inputs}, "2": sink})["outputs"]["1"]
 
 
 def chosen(document: dict[str, Any]) -> dict[str, str]:

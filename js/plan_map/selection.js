@@ -55,11 +55,6 @@ export class Selection {
     this.extend(this.rows.findLastIndex((row) => !row.outside), column);
   }
 
-  all() {
-    this.start(0, 0);
-    for (const [r, row] of this.rows.entries()) row.cells.forEach((_, c) => this.#add(r, c));
-  }
-
   /** One step of the cursor, over empty cells; extend: the box grows. */
   move(down, right, extend = false) {
     if (!this.cursor) return this.start(...this.#first());
