@@ -263,6 +263,15 @@ def test_lora_changes_the_provenance(pack: dict[str, Any], comfy: Path) -> None:
     assert len(seen) == 3  # none, and two LoRAs
 
 
+def test_a_bypass_lora_is_not_lost_in_silence(pack: dict[str, Any], comfy: Path) -> None:
+    make_lora(comfy / "models" / "loras" / "bypass.safetensors", LORA_LAYERS)
+    load = importlib.import_module("comfy.sd").load_bypass_lora_for_models
+    lora = load_file(comfy / "models" / "loras" / "bypass.safetensors")
+    model, _ = load(load_with_lora(MODEL, "bypass.safetensors"), None, lora, 1.0, 0.0)
+    with pytest.raises(Exception, match=rf"{MODEL}: the linked MODEL runs a bypass LoRA.* Load LoRA \(Model Only\)"):
+        save_model(pack, model, make_plan(pack, MODEL, "nvfp4"))
+
+
 def test_model_of_another_file_is_one_clear_error(
     pack: dict[str, Any], comfy: Path, model_file: Callable[..., Path]
 ) -> None:

@@ -41,9 +41,14 @@ def require_pre_quant_scale() -> None:
 def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Tensor], torch.Tensor]], str]:
     """The MODEL's patches as functions on the source file's float32 tensors, and a digest of them.
 
-    Raises CalibQuantError when the MODEL was not loaded from this file, patched or not.
+    Raises CalibQuantError when the MODEL was not loaded from this file, patched or not, or runs what is no patch.
     """
     _check_origin(model, source)
+    if model.injections:
+        raise CalibQuantError(
+            f"{source.path}: the linked MODEL runs a bypass LoRA or a split's branch beside its layers, which "
+            "changes no weight and would be lost: load LoRAs by Load LoRA (Model Only)"
+        )
     merge, digest = {}, hashlib.sha256()
     for key in sorted(model.patches):
         name = source.prefix + key.removeprefix(_MODEL_KEY)
