@@ -390,7 +390,7 @@ def _diffusion_model(config: Any, device: str) -> torch.nn.Module:
     import comfy.model_base
     import comfy.ops
 
-    operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.bfloat16)
+    operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, config.unet_config["dtype"])
 
     def build(
         self: Any, config: Any, model_type: Any = None, device: Any = None, unet_model: Any = comfy.model_base.UNetModel

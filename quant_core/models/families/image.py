@@ -20,7 +20,7 @@ from .row import (
 _LATENT = "the number of latent channels"
 
 # Experts are Linears of their own, each sees the tokens that were sent to it; their router is no Linear to the loader.
-_HIDREAM_FF = (*(f"ff_i.experts.{i}" for i in range(4)), "ff_i.shared_experts", "ff_i", "ff_t")
+_HIDREAM_FF = (*(f"ff_i.experts.{i}" for i in range(4)), "ff_i.shared_experts", "ff_t")
 HIDREAM = Architecture(
     name="hidream",
     title="HiDream-I1, HiDream-E1",
@@ -75,7 +75,6 @@ HIDREAM_O1 = Architecture(
     ),
 )
 
-_FF = ("feed_forward", "img_feed_forward", "instruct_feed_forward")  # the latter two: Boogu
 # The context refiner has no modulation: its norm1 is the norm itself.
 OMNIGEN2 = Architecture(
     name="omnigen2",
@@ -104,10 +103,11 @@ OMNIGEN2 = Architecture(
         fold(("attn.to_q", "attn.to_k", "attn.to_v"), "norm1.norm"),
         fold(("feed_forward.linear_1", "feed_forward.linear_3"), "ffn_norm1"),
         fold(("attn.to_out.0",), "attn.to_v", head="attn.norm_k"),
-        *(fold((f"{ff}.linear_2",), f"{ff}.linear_3") for ff in _FF),
+        fold(("feed_forward.linear_2",), "feed_forward.linear_3"),
     ),
 )
 
+_FF = ("img_feed_forward", "instruct_feed_forward")
 _JOINT = "img_instruct_attn.processor"
 BOOGU = replace(
     OMNIGEN2,
@@ -121,11 +121,21 @@ BOOGU = replace(
     ),
     shared=(
         *OMNIGEN2.shared[:2],
-        *(("block", (f"{ff}.linear_1", f"{ff}.linear_3")) for ff in _FF[1:]),
+        *(("block", (f"{ff}.linear_1", f"{ff}.linear_3")) for ff in _FF),
         *(("block", tuple(f"{_JOINT}.{side}_to_{kind}" for kind in "qkv")) for side in ("img", "instruct")),
         ("block", tuple(f"img_self_attn.to_{kind}" for kind in "qkv")),
         ("model", ("norm1.linear", *(f"img_norm{i}.linear" for i in (1, 2, 3)),
                    *(f"instruct_norm{i}.linear" for i in (1, 2)))),
+    ),
+    folds=(
+        *OMNIGEN2.folds,
+        *(fold((f"{ff}.linear_2",), f"{ff}.linear_3") for ff in _FF),
+        fold(("img_self_attn.to_out.0",), "img_self_attn.to_v", head="img_self_attn.norm_k"),
+        fold(
+            (f"{_JOINT}.img_out", f"{_JOINT}.instruct_out"),
+            *(f"{_JOINT}.{side}_to_v" for side in ("img", "instruct")),
+            head="img_instruct_attn.norm_k",
+        ),
     ),
 )  # fmt: skip
 

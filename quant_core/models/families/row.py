@@ -71,8 +71,8 @@ class Architecture:
 
     ``blocks`` patterns have the named groups ``block`` and ``kind``.  ``sub``, if there, numbers blocks within a block:
     the index is then ``10 * block + sub`` (input_blocks.4.1.transformer_blocks.1 is block 41; none has more than 10).
-    ``shared`` lists kinds that are called with the same tensor: within one block ("block"), or in all blocks of all
-    subgraphs ("model": text context and timestep embedding are computed once and handed to every block).
+    ``shared`` lists kinds that are called with the same tensor: within one block ("block"), in all blocks of a subgraph
+    ("subgraph"), or of all ("model": text context and timestep embedding are computed once and handed to every block).
     ``folds`` are what ``folding`` may do; tests/test_folding.py checks each against ComfyUI's class.
     """
 
@@ -111,7 +111,7 @@ class Architecture:
         if block is None:
             protected = protected or OUTSIDE
         shape_read = _first_match(self.shape_read, name)
-        shared = self._shared(name, kind) if block is not None else ""
+        shared = self._shared(name, subgraph, kind) if block is not None else ""
         return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, _first_match(self.notes, name))
 
     def describe_file(self, layers: Iterable[str], keys: Collection[str]) -> dict[str, LayerInfo]:
@@ -134,10 +134,10 @@ class Architecture:
                 return groups.get("subgraph") or subgraph, block, groups["kind"]
         return "", None, name
 
-    def _shared(self, name: str, kind: str) -> str:
+    def _shared(self, name: str, subgraph: str, kind: str) -> str:
         for scope, kinds in self.shared:
             if kind in kinds:
-                where = name.removesuffix(kind) if scope == "block" else "*."
+                where = {"block": name.removesuffix(kind), "subgraph": f"{subgraph}.*.", "model": "*."}[scope]
                 return where + "{" + ",".join(kinds) + "}"
         return ""
 

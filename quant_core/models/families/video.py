@@ -111,6 +111,7 @@ ANIMA = replace(
     title="Anima",
     all_of=(*COSMOS_PREDICT2.all_of, "llm_adapter.blocks.0.cross_attn.q_proj.weight"),
     blocks=(*COSMOS_PREDICT2.blocks, ("text", numbered(r"llm_adapter\.blocks"))),
+    shared=(COSMOS_PREDICT2.shared[0], *(("subgraph", kinds) for _, kinds in COSMOS_PREDICT2.shared[1:])),
     protected=((r"^llm_adapter\.(?:embed|in_proj|out_proj)$", EMBEDDER), *COSMOS.protected),
     notes=((r"^llm_adapter\.blocks\.", "makes the text that all blocks see; 8 bit is careful"), *COSMOS_PREDICT2.notes),
     folds=(
@@ -146,7 +147,7 @@ KANDINSKY5 = Architecture(
     folds=tuple(fold((f"{attn}.out_layer",), f"{attn}.to_value") for attn in _KANDINSKY),
 )
 
-# x is the video, y the text; the last block has no text side. w1 holds the linear arm first, the gate after it.
+# x is the video, y the text; the last block has no text side. the second half of w1 is its linear arm.
 MOCHI = Architecture(
     name="mochi",
     title="Mochi 1",
@@ -161,7 +162,7 @@ MOCHI = Architecture(
     ),
     notes=((r"\.mod_[xy]$", MODULATION_NOTE),),
     folds=(
-        *(fold((f"mlp_{side}.w2",), Producer(f"mlp_{side}.w1", stop=(0.5, 0))) for side in "xy"),
+        *(fold((f"mlp_{side}.w2",), Producer(f"mlp_{side}.w1", (0.5, 0))) for side in "xy"),
     ),
 )  # fmt: skip
 
@@ -177,6 +178,7 @@ SEEDVR2 = Architecture(
         (r"^(?:vid_in|txt_in)(?:\.|$)", EMBEDDER),
         (r"^emb_in\.", TIME),
         (r"^vid_out\.", FINAL),
+        (r"norm[^.]*\.(?:vid|txt|all)$", NORM[0][1]),
         *NORM,
     ),
 )
