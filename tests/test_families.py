@@ -18,7 +18,7 @@ from comfy_classes import CASES, Built
 from small_models import SMALL, Running, Small, relative_error, trial
 
 from quant_core.models import folding
-from quant_core.models.architectures import ARCHITECTURES, detect
+from quant_core.models.architectures import ARCHITECTURES, detect, split_prefix
 from quant_core.models.families.row import OUTSIDE
 from quant_core.models.source import Source
 
@@ -159,3 +159,25 @@ def test_a_quantized_file_loads_and_draws_nearly_the_same(recipe: str, ran: Ran,
         done = trial(ran.small, source, recipe, ran.output, tmp_path)
     assert done.layers and done.beside < 1e-4
     assert 0 < done.error < BOUNDS[recipe]
+
+
+# --- files of no family, and what no family tells
+
+
+def test_the_generic_row_says_what_it_guessed(tmp_path: Path) -> None:
+    names = [f"stages.blocks.{i}.fc.weight" for i in range(3)] + ["refiner.0.fc.weight", "head.weight"]
+    tensors = {name: torch.zeros(32, 32) for name in names} | {"refiner.0.mlp.experts.up.weight": torch.zeros(2, 32, 32)}
+    with Source(models.save(tmp_path / "m.safetensors", tensors)) as source:
+        guess, banks = source.warnings()
+    assert "3 of stages.blocks, 1 of refiner; kept by rule: 1 as lies outside the numbered blocks" in guess
+    assert banks.startswith("1 banks of experts (such as refiner.0.mlp.experts.up.weight) stay in the source dtype")
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.model.", "model."])
+def test_a_prefix_that_comfyui_strips_hides_no_family(prefix: str, comfy: Path) -> None:
+    from comfy.model_detection import unet_prefix_from_state_dict
+
+    keys = [f"{prefix}{key}" for key in Built.of(CASES["Anima"]).file_shapes]
+    assert unet_prefix_from_state_dict(dict.fromkeys(keys)) == split_prefix(keys) == prefix
+    assert detect(keys).name == "anima"
+    assert detect(keys).describe(f"{prefix}blocks.3.mlp.layer1").block == 3

@@ -6,8 +6,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-# Longest first.  ComfyUI itself strips only the first; the second is the naming of LoRA trainers and ModelSave tools.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# Those that ComfyUI strips (the last three: audio models, Cosmos and Anima, AuraFlow), longest first, and the naming of
+# LoRA trainers and ModelSave tools.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.")
 
 Rules = tuple[tuple[str, str], ...]  # (regular expression, reason), first match wins
 Shared = tuple[tuple[str, tuple[str, ...]], ...]  # (where in the name, kinds); see Architecture.shared

@@ -147,7 +147,7 @@ KANDINSKY5 = Architecture(
     folds=tuple(fold((f"{attn}.out_layer",), f"{attn}.to_value") for attn in _KANDINSKY),
 )
 
-# x is the video, y the text; the last block has no text side. the second half of w1 is its linear arm.
+# x is the video, y the text; the last block has no text side. The second half of w1 is its linear arm.
 MOCHI = Architecture(
     name="mochi",
     title="Mochi 1",
