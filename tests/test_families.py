@@ -166,7 +166,9 @@ def test_a_quantized_file_loads_and_draws_nearly_the_same(recipe: str, ran: Ran,
 
 def test_the_generic_row_says_what_it_guessed(tmp_path: Path) -> None:
     names = [f"stages.blocks.{i}.fc.weight" for i in range(3)] + ["refiner.0.fc.weight", "head.weight"]
-    tensors = {name: torch.zeros(32, 32) for name in names} | {"refiner.0.mlp.experts.up.weight": torch.zeros(2, 32, 32)}
+    tensors = {name: torch.zeros(32, 32) for name in names} | {
+        "refiner.0.mlp.experts.up.weight": torch.zeros(2, 32, 32)
+    }
     with Source(models.save(tmp_path / "m.safetensors", tensors)) as source:
         guess, banks = source.warnings()
     assert "3 of stages.blocks, 1 of refiner; kept by rule: 1 as lies outside the numbered blocks" in guess
