@@ -43,9 +43,8 @@ def main() -> None:
         logging.disable(logging.WARNING)
         from comfyui_version import __version__
 
-        print(
-            f"ComfyUI {__version__}\n\n| family | format | detected | layers | error | beside |\n|---|---|---|---|---|---|"
-        )
+        print(f"ComfyUI {__version__}\n\n| family | format | detected | layers | error | beside |")
+        print("|---|---|---|---|---|---|")
         for name in options.families:
             if SMALL[name].known:
                 family(name, options.formats.split(","), Path(folder))

@@ -118,8 +118,8 @@ class ModelFile:
             notes.append(self._guessed())
         if self.banks:
             notes.append(
-                f"{len(self.banks)} banks of experts (such as {self.banks[0]}) stay in the source dtype: only 2-D weights "
-                "are quantized"
+                f"{len(self.banks)} banks of experts (such as {self.banks[0]}) stay in the source dtype: no diffusion "
+                "model of ComfyUI reads scales for 3-D weights"
             )
         return notes
 
@@ -129,8 +129,9 @@ class ModelFile:
         counts = Counter(subgraph for subgraph, _ in blocks)
         kept = Counter(info.protected.partition(":")[0] for info in self.layers.values() if info.protected)
         reasons = ", ".join(f"{count} as {reason}" for reason, count in kept.most_common())
+        found = ", ".join(f"{count} of {name}" for name, count in counts.items())
         return (
-            f"unknown family: blocks guessed from names are {', '.join(f'{n} of {name}' for name, n in counts.items())}; "
+            f"unknown family: blocks guessed from names are {found}; "
             f"kept by rule: {reasons or 'nothing'}; which layers share an input is not known"
         )
 
