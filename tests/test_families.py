@@ -1,7 +1,7 @@
-"""Every family with a row of its own: known among all of ComfyUI's classes, shared inputs, folds and loading as it runs.
+"""Families as ComfyUI's classes run: known among all classes, what shares an input, what may be folded, what loads.
 
-The facts are ComfyUI's own: its classes at the published widths without weights (``comfy_classes``), and small ones with
-random weights that run (``small_models``). Classes that the ComfyUI at hand lacks are skipped.
+The facts are ComfyUI's own: its classes at the published widths without weights (``comfy_classes``), and small ones
+with random weights that run (``small_models``). Classes that the ComfyUI at hand lacks are skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ROW_OF = {
     "PixArtAlpha": "pixart", "PixArtSigma": "pixart", "SeedVR2": "seedvr2", "SeedVR2 7B": "seedvr2",
     "SeedVR2 7B shared": "seedvr2", "MageFlow": "mage_flow", "QwenImage": "qwen_image",
     "Qwen-Image Layered": "qwen_image", "Lumina2": "lumina2", "NewBie": "lumina2", "ZImage": "zimage",
-    "Z-Image Omni": "zimage", "ZImagePixelSpace": "zimage_pixel", "SDXL": "sdxl", "SSD1B": "sdxl", "Segmind_Vega": "sdxl",
+    "Z-Image Omni": "zimage", "ZImagePixelSpace": "zimage_pixel", "SDXL": "sdxl", "SSD1B": "sdxl",
+    "Segmind_Vega": "sdxl",
     "SDXLRefiner": "sdxl", "SDXL_instructpix2pix": "sdxl", "SD15": "sd15", "SD15_instructpix2pix": "sd15",
     "SD20": "sd15", "LotusD": "sdxl", "SD21UnclipL": "sdxl", "SD21UnclipH": "sdxl",
     "KOALA_700M": "sdxl", "KOALA_1B": "sdxl", "SV3D_u": "sdxl", "SV3D_p": "sdxl", "SVD_img2vid": "sdxl",
@@ -112,7 +113,9 @@ def ran(request: pytest.FixtureRequest, all_ran: dict[str, Ran], tmp_path_factor
     return all_ran[name]
 
 
-every_family = pytest.mark.parametrize("ran", NEW, indirect=True, scope="module")
+# Anima's adapter has its own size, whatever the model's: 140 million weights.
+PARAMS = [pytest.param(name, marks=pytest.mark.wide) if name == "anima" else name for name in NEW]
+every_family = pytest.mark.parametrize("ran", PARAMS, indirect=True, scope="module")
 
 
 @every_family
@@ -148,17 +151,13 @@ def test_folds_change_no_output(ran: Ran) -> None:
         assert relative_error(found, ran.output) < 1e-8
 
 
-# Nearest rounding of random weights; worst of all families, with room. Measured: see benchmarks/families.py.
-BOUNDS = {"nvfp4": 0.5, "mxfp8": 0.05, "fp8": 0.05, "int8": 0.02}
-
-
 @every_family
-@pytest.mark.parametrize("recipe", list(BOUNDS))
-def test_a_quantized_file_loads_and_draws_nearly_the_same(recipe: str, ran: Ran, tmp_path: Path) -> None:
+def test_an_nvfp4_file_loads_and_draws_what_its_weights_say(ran: Ran, tmp_path: Path) -> None:
+    """Other formats: benchmarks/families.py. Measured: beside below 1e-12, error .002 to .21 (Chroma Radiance)."""
     with Source(ran.path) as source:
-        done = trial(ran.small, source, recipe, ran.output, tmp_path)
-    assert done.layers and done.beside < 1e-4
-    assert 0 < done.error < BOUNDS[recipe]
+        done = trial(ran.small, source, "nvfp4", ran.output, tmp_path)
+    assert done.layers and done.beside < 1e-8
+    assert 0 < done.error < 0.4
 
 
 # --- files of no family, and what no family tells
