@@ -225,6 +225,12 @@ SMALL: dict[str, Small] = {
     "mage_flow": Small(
         "MageFlow", dict(num_attention_heads=1, joint_attention_dim=64), _image(128), dict(context=_TEXT)
     ),
+    "ernie_image": Small(
+        "ErnieImage",
+        dict(hidden_size=256, num_attention_heads=2, num_layers=2, ffn_hidden_size=512, text_in_dim=64),
+        _image(128),
+        dict(context=_TEXT),
+    ),
     "ltxav": Small(
         "LTXAV gated",
         dict(

@@ -14,6 +14,7 @@ ROWS: tuple[Architecture, ...] = (
     *(mmdit.SD3, mmdit.AURAFLOW),
     *(video.LTXAV, video.LTXV, video.COSMOS, video.ANIMA, video.COSMOS_PREDICT2),
     *(video.KANDINSKY5, video.MOCHI, video.SEEDVR2),
-    *(image.HIDREAM, image.HIDREAM_O1, image.BOOGU, image.OMNIGEN2, image.PIXART, image.KREA2, image.IDEOGRAM4),
+    *(image.HIDREAM, image.HIDREAM_O1, image.BOOGU, image.OMNIGEN2, image.PIXART),
+    *(image.KREA2, image.IDEOGRAM4, image.ERNIE_IMAGE),
     *(other.ACE, other.ACE15, other.HUNYUAN3D21),
 )

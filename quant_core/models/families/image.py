@@ -202,3 +202,23 @@ IDEOGRAM4 = Architecture(
         fold(("feed_forward.w2",), "feed_forward.w3"),
     ),
 )
+
+# One Linear makes the modulation of all blocks, so the norms' factors reach q, k and v past its shift: no fold of them.
+ERNIE_IMAGE = Architecture(
+    name="ernie_image",
+    title="ERNIE-Image",
+    all_of=("layers.0.mlp.linear_fc2.weight", "layers.0.self_attention.to_q.weight", "text_proj.weight"),
+    blocks=(("main", numbered("layers")),),
+    shared=(
+        ("block", ("self_attention.to_q", "self_attention.to_k", "self_attention.to_v")),
+        ("block", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    protected=(
+        (r"^(?:x_embedder\.proj|text_proj)$", EMBEDDER),
+        (r"^(?:time_embedding|adaLN_modulation)\.", TIME),
+        (r"^final_(?:norm\.linear|linear)$", FINAL),
+        (r"\.adaLN_\w+_ln$", NORM[0][1]),
+        *NORM,
+    ),
+    folds=(fold(("self_attention.to_out.0",), "self_attention.to_v"), fold(("mlp.linear_fc2",), "mlp.up_proj")),
+)
