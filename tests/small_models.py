@@ -203,7 +203,15 @@ SMALL: dict[str, Small] = {
     ),
     "boogu": Small(
         "Boogu",
-        _OMNIGEN | dict(num_layers=2, num_double_stream_layers=2, num_refiner_layers=1, instruction_feat_dim=64),
+        _OMNIGEN
+        | dict(
+            hidden_size=96,
+            axes_dim_rope=[8, 12, 12],
+            num_layers=2,
+            num_double_stream_layers=2,
+            num_refiner_layers=1,
+            instruction_feat_dim=64,
+        ),
         _image(16),
         dict(context=_TEXT, num_tokens=6),
     ),

@@ -171,7 +171,7 @@ def test_the_generic_row_says_what_it_guessed(tmp_path: Path) -> None:
     }
     with Source(models.save(tmp_path / "m.safetensors", tensors)) as source:
         guess, banks = source.warnings()
-    assert "3 of stages.blocks, 1 of refiner; kept by rule: 1 as lies outside the numbered blocks" in guess
+    assert "1 of refiner, 3 of stages.blocks; kept by rule: 1 as lies outside the numbered blocks" in guess
     assert banks.startswith("1 banks of experts (such as refiner.0.mlp.experts.up.weight) stay in the source dtype")
 
 

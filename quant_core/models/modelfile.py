@@ -129,7 +129,7 @@ class ModelFile:
         counts = Counter(subgraph for subgraph, _ in blocks)
         kept = Counter(info.protected.partition(":")[0] for info in self.layers.values() if info.protected)
         reasons = ", ".join(f"{count} as {reason}" for reason, count in kept.most_common())
-        found = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        found = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
         return (
             f"unknown family: blocks guessed from names are {found}; "
             f"kept by rule: {reasons or 'nothing'}; which layers share an input is not known"
