@@ -390,7 +390,9 @@ def _diffusion_model(config: Any, device: str) -> torch.nn.Module:
     import comfy.model_base
     import comfy.ops
 
-    operations = comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.bfloat16)
+    config.quant_config = {"mixed_ops": True}
+    dtype = config.unet_config["dtype"]
+    operations = comfy.ops.pick_operations(dtype, dtype, torch.device("cpu"), model_config=config)
 
     def build(
         self: Any, config: Any, model_type: Any = None, device: Any = None, unet_model: Any = comfy.model_base.UNetModel

@@ -268,7 +268,7 @@ def test_a_bypass_lora_is_not_lost_in_silence(pack: dict[str, Any], comfy: Path)
     load = importlib.import_module("comfy.sd").load_bypass_lora_for_models
     lora = load_file(comfy / "models" / "loras" / "bypass.safetensors")
     model, _ = load(load_with_lora(MODEL, "bypass.safetensors"), None, lora, 1.0, 0.0)
-    with pytest.raises(Exception, match=rf"{MODEL}: the linked MODEL runs a bypass LoRA.* Load LoRA \(Model Only\)"):
+    with pytest.raises(Exception, match=r"the linked MODEL runs a bypass LoRA.* Load LoRA \(Model Only\)"):
         save_model(pack, model, make_plan(pack, MODEL, "nvfp4"))
 
 

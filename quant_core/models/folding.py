@@ -15,7 +15,7 @@ import torch
 
 from ..files.header import TensorEntry
 from ..files.markers import FP8
-from .architectures import Bound, Consumer, FoldRule, Producer
+from .families.row import Bound, Consumer, FoldRule, Producer
 from .modelfile import FLOATS, ModelFile
 
 # Checkpoint key -> function on the float32 tensor of that key.

@@ -7,6 +7,7 @@ their scale when read (``source``), so that everything downstream sees the real 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,7 @@ class ModelFile:
         weights = [k for k, e in keys.items() if self._is_weight(k, e)]
         matrices = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2]
         self.layers: dict[str, LayerInfo] = self.architecture.describe_file(matrices, keys)
+        self.banks = [k for k in weights if len(keys[k].shape) == 3 and ".experts." in k]
         self.convolutions = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) in (4, 5)]
         if not any(info.block is not None for info in self.layers.values()):
             raise CalibQuantError(
@@ -113,8 +115,25 @@ class ModelFile:
         elif fp8:
             notes.append(f"{len(fp8)} layers are scaled FP8, dequantized first: a 16-bit source gives less error")
         if self.architecture.name == "generic":
-            notes.append("unknown architecture: everything outside numbered blocks stays in the source dtype")
+            notes.append(self._guessed())
+        if self.banks:
+            notes.append(
+                f"{len(self.banks)} banks of experts (such as {self.banks[0]}) stay in the source dtype: no diffusion "
+                "model of ComfyUI reads scales for 3-D weights"
+            )
         return notes
+
+    def _guessed(self) -> str:
+        """What the generic row made of this file's names, in one line."""
+        blocks = {(info.subgraph, info.block) for info in self.layers.values() if info.block is not None}
+        counts = Counter(subgraph for subgraph, _ in blocks)
+        kept = Counter(info.protected.partition(":")[0] for info in self.layers.values() if info.protected)
+        reasons = ", ".join(f"{count} as {reason}" for reason, count in kept.most_common())
+        found = ", ".join(f"{count} of {name}" for name, count in sorted(counts.items()))
+        return (
+            f"unknown family: blocks guessed from names are {found}; "
+            f"kept by rule: {reasons or 'nothing'}; which layers share an input is not known"
+        )
 
     def _is_weight(self, key: str, entry: TensorEntry) -> bool:
         return key.startswith(self.prefix) and key.endswith(".weight") and entry.dtype in FLOATS

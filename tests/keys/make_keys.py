@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sd15": (*_UNET, _UNET_COMMON | _SD15),
     "sdxl": (*_UNET, _UNET_COMMON | _SDXL),
     "qwen_image": ("comfy.ldm.qwen_image.model", "QwenImageTransformer2DModel", dict(in_channels=64, num_layers=60)),
-    # Families without a row of their own, for the generic fallback.
     "mage_flow": ("comfy.ldm.mage_flow.model", "MageFlowTransformer2DModel", dict(in_channels=128, num_layers=12)),
     "ltxv_2b": (
         "comfy.ldm.lightricks.model", "LTXVModel",
@@ -94,6 +94,35 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+# variant -> (case of comfy_classes, what its published depth changes in it)
+OF_CASE: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux2_dev": ("Flux2", dict(depth=8, depth_single_blocks=48)),
+    "flux2_klein_4b": ("Flux2 klein", dict(depth=5, depth_single_blocks=20)),
+    "chroma_radiance": ("ChromaRadiance", dict(depth=19, depth_single_blocks=38)),
+    "hunyuan_video_15": ("HunyuanVideo15", dict(depth=54)),
+    "hunyuan_image_21": ("HunyuanImage21", dict(depth=20, depth_single_blocks=40)),
+    "hunyuan3d_2": ("Hunyuan3Dv2", dict(depth=16, depth_single_blocks=32)),
+    "hunyuan3d_21": ("Hunyuan3Dv2_1", dict(depth=21)),
+    "sd35_medium": ("SD3.5 medium", {}),
+    "auraflow": ("AuraFlow", dict(n_double_layers=4, n_layers=36)),
+    "ltx2": ("LTXAV", dict(num_layers=48)),
+    "cosmos_predict2_2b": ("CosmosT2IPredict2", {}),
+    "anima": ("Anima", {}),
+    "kandinsky5_lite": ("Kandinsky5", dict(num_visual_blocks=32)),
+    "mochi": ("GenmoMochi", {}),
+    "seedvr2_3b": ("SeedVR2", {}),
+    "hidream_i1": ("HiDream", {}),
+    "hidream_o1": ("HiDreamO1", {}),
+    "omnigen2": ("Omnigen2", {}),
+    "boogu": ("Boogu", dict(num_layers=32, num_double_stream_layers=8)),
+    "pixart_sigma": ("PixArtSigma", dict(depth=28)),
+    "krea2": ("Krea2", dict(layers=28)),
+    "ideogram4": ("Ideogram4", dict(num_layers=34)),
+    "ace_step": ("ACEStep", {}),
+    "ace_step_15": ("ACEStep15", {}),
+}
+VARIANTS = (*MODELS, *OF_CASE)
+
 
 # Published Flux files call the weight of these RMS norms ".scale"; ComfyUI renames it while loading.
 def _published_name(name: str, key: str) -> str:
@@ -108,14 +137,16 @@ def load(name: str) -> dict[str, tuple[int, ...]]:
 
 def names() -> list[str]:
     """Names of the variants whose lists lie beside this file."""
-    return [name for name in MODELS if (HERE / f"{name}.json").exists()]
+    return [name for name in VARIANTS if (HERE / f"{name}.json").exists()]
 
 
 def fold(shapes: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
     """Fold block repetition: keys of one shape that differ only in the block number become ``layers.[0-2,4].x``."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for key, shape in shapes.items():
-        match = re.search(r"(blocks|layers|refiner)\.(\d+)\.(?!.*(blocks|layers|refiner)\.\d+\.)", key)
+        match = re.search(
+            r"(blocks|layers|refiner|encoders)\.(\d+)\.(?!.*(blocks|layers|refiner|encoders)\.\d+\.)", key
+        )
         head, number, tail = (key[: match.start(2)], match[2], key[match.end(2) :]) if match else (key, "", "")
         groups.setdefault((head, tail, tuple(shape)), []).extend([int(number)] if number else [])
     return {h + (f"[{_runs(n)}]" if n else "") + t: list(s) for (h, t, s), n in groups.items()}
@@ -149,6 +180,11 @@ def build(name: str) -> dict[str, tuple[int, ...]]:
     import comfy.ops
     import torch
 
+    if name in OF_CASE:
+        from comfy_classes import CASES, Built  # which imports this module
+
+        case, depth = OF_CASE[name]
+        return Built.of(replace(CASES[case], config=dict(CASES[case].config) | depth)).file_shapes
     module, cls, config = MODELS[name]
     extra = {"device": "meta", "dtype": torch.bfloat16, "operations": comfy.ops.disable_weight_init}
     model = getattr(importlib.import_module(module), cls)(**config, **extra)
@@ -160,7 +196,7 @@ def main() -> None:
     from comfy_env import import_comfy
 
     import_comfy()
-    for name in MODELS:
+    for name in sys.argv[1:] or VARIANTS:
         shapes = build(name)
         lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in fold(shapes).items())
         (HERE / f"{name}.json").write_text("{\n" + lines + "\n}\n", encoding="utf-8")
