@@ -24,7 +24,7 @@ from quant_core.models.source import Source
 
 pytestmark = pytest.mark.core
 
-# Which row serves a class, by the first words of its case; every other class is served by the generic row.
+# Which row serves a case of comfy_classes; all others are served by the generic row.
 ROW_OF = {
     "SD3": "sd3", "SD3.5 medium": "sd3", "SD3 with a context processor": "sd3", "AuraFlow": "auraflow",
     "Flux2": "flux2", "Flux2 klein": "flux2", "Chroma": "chroma", "ChromaRadiance": "chroma_radiance",

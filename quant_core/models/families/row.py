@@ -83,7 +83,7 @@ class Architecture:
     the index is then ``10 * block + sub`` (input_blocks.4.1.transformer_blocks.1 is block 41; none has more than 10).
     ``shared`` lists kinds that are called with the same tensor: within one block ("block"), in all blocks of a subgraph
     ("subgraph"), or of all ("model": text context and timestep embedding are computed once and handed to every block).
-    ``folds`` are what ``folding`` may do; tests/test_folding.py checks each against ComfyUI's class.
+    ``folds`` are what ``folding`` may do; tests/test_folding.py and test_families.py check each on ComfyUI's classes.
     """
 
     name: str
