@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality import MODEL, ROWS, WORKFLOW, calibrate_demo, distance, sample
+from quality import MODEL, ROWS, WORKFLOW, calibrate_demo, distance, sample, save_prompts
 from safetensors.torch import save_file
 from synthetic import weight as heavy_tailed
 from timing import ROOT, measure
@@ -116,7 +116,8 @@ def run(*words: object) -> None:
 
 def demo_table(out: Path, seeds: int) -> str:
     seen, held_out = calibrate_demo(out)
-    stem, informed = out / "below", with_sensitivities(seen, out / "below")
+    stem = out / "below"
+    informed = with_sensitivities(seen, stem / "sensitivities.calibration.safetensors")  # a control that knows more
     files = {"GPTQ alone": quantize(MODEL, seen, stem / "gptq", [])}
     files["fold"] = quantize(MODEL, seen, stem / "fold", ["--smooth", "fold"])
     for rank in RANKS:
@@ -144,22 +145,26 @@ def demo_table(out: Path, seeds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_sensitivities(seen: Path, out: Path) -> Path:
-    """The calibration with what Measure Sensitivity adds, on the very prompts drawn: a control that knows more."""
-    path = out / "sensitivities.calibration.safetensors"
+def with_sensitivities(
+    seen: Path, path: Path, conds: dict[str, torch.Tensor] | None = None, estimator: str = "gradient"
+) -> Path:
+    """The calibration with what Measure Sensitivity adds, on these prompts or on the very digits that are drawn."""
     if path.exists():
         return path
     graph = json.loads(WORKFLOW.read_text("utf-8"))
     sampling = {key: graph["4"]["inputs"][key] for key in SAMPLING}
     linked = {"model": ["2", 0], "conditioning": ["3", 0], "calibration": ["4", 0]}
-    how = {"samples": 10, "seed": 5000, "estimator": "gradient", "points": 6, "probes": 2, "rows": 512, "seconds": 600}
+    how = {"samples": 10, "seed": 5000, "estimator": estimator, "points": 6, "probes": 2, "rows": 512, "seconds": 120}
     graph["4"] = {"class_type": "CalibQuantLoadCalibration", "inputs": {"calibration_name": seen.name}}
     graph["6"] = {"class_type": "CalibQuantSensitivity", "inputs": sampling | linked | how}
     graph["5"]["inputs"] |= {"calibration": ["6", 0], "filename_prefix": "measured"}
     with tempfile.TemporaryDirectory() as folder, start_server(Path(folder)) as server:
         (server.output_dir / "calibrations").mkdir(parents=True, exist_ok=True)
         shutil.copy(seen, server.output_dir / "calibrations")
-        server.post(graph)
+        if conds:
+            named = save_prompts(conds, server.output_dir / "promptsets" / "conds.safetensors").name
+            graph["3"]["inputs"] |= {"prompt_set": named, "index": 0}
+        server.post(graph, timeout=1200)
         (saved,) = (server.output_dir / "calibrations").glob("measured*.safetensors")
         shutil.copy(saved, path)
     return path
