@@ -18,6 +18,7 @@ Needs ComfyUI (`bootstrap.py test` brings everything else). Files and latents th
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -94,23 +95,26 @@ class Bench:
         plan = Plan(self.source.architecture.name, "benchmark", self.source.name, layers)
         return recipes.sized(self.source, plan)
 
-    def single(self, table: CostTable, name: str, option: str) -> Path:
-        """The model with one layer quantized."""
-        path = self.out / f"single-{option}-{name}.safetensors"
+    def every(self, option: str, table: CostTable) -> Path:
+        """Every layer so, where it fits."""
+        path = self.out / f"every-{option}.safetensors"
         if not path.exists():
-            quantize(self.source, self.plan(table, {name: option}), path, calibration=self.seen, rounding="gptq")
+            choice = {name: option for name, by in table.layers.items() if option in by}
+            quantize(self.source, self.plan(table, choice), path, calibration=self.seen, rounding="gptq")
         return path
 
     def file(self, title: str, table: CostTable, choice: Choice) -> Path:
-        """Put together from singles, for no layer's rounding depends on another's: the tensors of ``quantize``."""
+        """Put together from those of single formats, for no layer's rounding depends on another's: what ``quantize``
+        would write, but for its header."""
         path = self.out / f"{title}.safetensors".replace(" ", "-")
         if not path.exists():
-            tensors, header = load_file(MODEL), safe_open(MODEL, "pt").metadata()
-            for name, option in choice.items():
-                if option != "bf16":
-                    own = load_file(self.single(table, name, option))
-                    tensors |= {key: tensor for key, tensor in own.items() if key.startswith(f"{name}.")}
-            save_file(tensors, path, header)
+            tensors, metadata = load_file(MODEL), safe_open(MODEL, "pt").metadata()
+            of = {option: load_file(self.every(option, table)) for option in set(choice.values()) - {"bf16"}}
+            for key in {key for own in of.values() for key in own}:
+                layer, _, _ = key.rpartition(".")
+                if layer in choice and choice[layer] in of:
+                    tensors |= {key: of[choice[layer]][key]} if key in of[choice[layer]] else {}
+            save_file(tensors, path, metadata)
         return path
 
     def drawn(self, files: list[Path], seeds: int, first: int = 1000, gpu: str = "blackwell") -> list[Errors]:
@@ -168,7 +172,7 @@ def blends_measured() -> dict[str, torch.Tensor]:
 def true_damages(bench: Bench, table: CostTable) -> dict[str, dict[str, float]]:
     """Layer -> option -> error of the final latent when that layer alone is quantized."""
     singles = [(name, option) for option in MIX if option != "bf16" for name in table.layers]
-    files = [bench.single(table, name, option) for name, option in singles]
+    files = [bench.file(f"single-{option}-{name}", table, {name: option}) for name, option in singles]
     found: dict[str, dict[str, float]] = {name: {"bf16": 0.0} for name in table.layers}
     for (name, option), errors in zip(singles, bench.drawn(files, SINGLES_SEEDS, SINGLES_SEED), strict=True):
         found[name][option] = errors.mean()
@@ -299,7 +303,7 @@ def beliefs(bench: Bench, tables: Mapping[str, CostTable], true: Mapping[str, Ma
 def matched_damages(bench: Bench, table: CostTable) -> dict[str, dict[str, float]]:
     """Layer -> option -> change of the prediction by the file with that layer quantized, on the blends."""
     singles = [(name, option) for option in MIX if option != "bf16" for name in table.layers]
-    files = [bench.single(table, name, option) for name, option in singles]
+    files = [bench.file(f"single-{option}-{name}", table, {name: option}) for name, option in singles]
     path = bench.out / "predictions.npy"
     if not path.exists():
         program = ["benchmarks/predict_points.py"]
@@ -362,15 +366,17 @@ def planning_time(runs: int = 5) -> str:
         shapes = {f"{name}.weight": (o, i) for name, o, i in synthetic.linears(3840, 10240, 30, 2560)}
         norms = {f"layers.0.attention.{x}_norm.weight": (128,) for x in "qk"} | {"cap_embedder.0.weight": (2560,)}
         with Source(save_sparse(Path(folder) / "zimage.safetensors", shapes | norms)) as source:
-            table, taken = random_table(source), []
+            table, taken, cpu = random_table(source), [], []
             for run in range(runs):
                 wish = budget.Wish("bits", 5 + 0.9 * run)
-                began = time.perf_counter()
+                began, busy = time.perf_counter(), time.process_time()
                 budget.plan(source, table, wish)
                 taken.append(time.perf_counter() - began)
+                cpu.append(time.process_time() - busy)
     return (
         f"Planning {len(table.layers)} layers of {len(costs.OPTIONS)} options, curve and controls included: "
-        f"{spread(taken, 2)} s (min / median / max, n = {runs})\n"
+        f"{spread(taken, 2)} s, of the CPU {spread(cpu, 2)} s (min / median / max, n = {runs}; load average "
+        f"{os.getloadavg()[0]:.1f})\n"
     )
 
 
