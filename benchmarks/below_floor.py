@@ -52,13 +52,7 @@ from quant_core.rounding.judge import Judge  # noqa: E402
 RANKS = (4, 16, 32)
 SAMPLING = ("steps", "cfg", "sampler_name", "scheduler", "width", "height", "frames")
 WIDTH, HIDDEN = 1024, 2816
-BLOCK = {  # of a Z-Image; its norms are what a fold is put into
-    "attention.qkv": (3 * WIDTH, WIDTH),
-    "attention.out": (WIDTH, WIDTH),
-    "feed_forward.w1": (HIDDEN, WIDTH),
-    "feed_forward.w3": (HIDDEN, WIDTH),
-    "feed_forward.w2": (WIDTH, HIDDEN),
-}
+BLOCK = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")  # of a Z-Image
 LOUD = {  # heading -> spread over the width, the weights' columns there a quarter
     "side by side": (False, False),
     "spread": (True, False),
@@ -253,27 +247,37 @@ def inputs_of(width: int, seed: int, spread: bool) -> torch.Tensor:
     return rows
 
 
-def make_block(out: Path, spread: bool, small: bool) -> tuple[Path, Path, Path]:
-    """A model file of one Z-Image block, and two calibrations from different draws of the same inputs."""
+def shapes_of(width: int, hidden: int) -> dict[str, tuple[int, int]]:
+    return dict(zip(BLOCK, [(3 * width, width), (width, width), *[(hidden, width)] * 2, (width, hidden)], strict=True))
+
+
+def make_block(
+    out: Path, spread: bool, small: bool, width: int = WIDTH, hidden: int = HIDDEN
+) -> tuple[Path, Path, Path]:
+    """A model file of one Z-Image block, and two calibrations from different draws of the same inputs.
+
+    Its norms are what a fold is put into.
+    """
+    block = shapes_of(width, hidden)
     paths = out / "block.safetensors", out / "seen.calibration.safetensors", out / "held-out.calibration.safetensors"
     if all(path.exists() for path in paths):
         return paths
     out.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    weights = {f"layers.0.{name}.weight": heavy_tailed(*shape, generator) for name, shape in BLOCK.items()}
+    weights = {f"layers.0.{name}.weight": heavy_tailed(*shape, generator) for name, shape in block.items()}
     for weight in weights.values() if small else ():
         weight[:, 64::128] /= 4
     rest = {
-        f"layers.0.{name}.weight": WIDTH for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+        f"layers.0.{name}.weight": width for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
     }
     rest |= {f"{place}.attention.{x}_norm.weight": 128 for place in ("layers.0", "noise_refiner.0") for x in "qk"}
-    rest |= {"cap_embedder.0.weight": WIDTH}
+    rest |= {"cap_embedder.0.weight": width}
     tensors = weights | {key: torch.ones(size, dtype=torch.bfloat16) for key, size in rest.items()}
-    tensors |= {"cap_embedder.1.weight": heavy_tailed(WIDTH, 256, generator)}
-    tensors |= {"noise_refiner.0.adaLN_modulation.0.weight": heavy_tailed(4 * WIDTH, 256, generator)}
+    tensors |= {"cap_embedder.1.weight": heavy_tailed(width, 256, generator)}
+    tensors |= {"noise_refiner.0.adaLN_modulation.0.weight": heavy_tailed(4 * width, 256, generator)}
     save_file(tensors, paths[0])
     for path, seed in zip(paths[1:], (1, 2), strict=True):
-        inputs = {f"layers.0.{name}": inputs_of(shape[1], seed, spread) for name, shape in BLOCK.items()}
+        inputs = {f"layers.0.{name}": inputs_of(shape[1], seed, spread) for name, shape in block.items()}
         calibrate(inputs, weights, path, seed)
     return paths
 

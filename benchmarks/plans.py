@@ -31,12 +31,12 @@ from pathlib import Path
 import numpy as np
 import synthetic
 import torch
-from below_floor import with_sensitivities
+from below_floor import make_block, shapes_of, with_sensitivities
 from quality import MODEL, calibrate_demo, prompts, sample, save_prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
-from timing import ROOT, spread
+from timing import ROOT, measure, spread
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -45,6 +45,7 @@ from models import save_sparse  # noqa: E402
 from quant_core.demo import digits  # noqa: E402
 from quant_core.evidence import calibration, probe  # noqa: E402
 from quant_core.evidence.calibration import Calibration  # noqa: E402
+from quant_core.evidence.sensitivity import ROWS, LayerSensitivity  # noqa: E402
 from quant_core.formats import SOURCE  # noqa: E402
 from quant_core.jobs.quantization import quantize  # noqa: E402
 from quant_core.models.source import Source  # noqa: E402
@@ -56,6 +57,7 @@ from quant_core.rounding.layerplan import LayerPlan  # noqa: E402
 
 BITS = (5.5, 6.5)
 MIX = ("nvfp4", "mxfp8", "bf16")
+TABLES = ("nvfp4,mxfp8,bf16", "w4a8,bf16")  # of true shapes
 WIDE_BITS = (4.6, 5.5, 6.5, 8.3)
 _EVERYWHERE = ("w4a8", "int8", "int8-convrot", "bf16")  # and natively; no W6A8, that core 0.33 cannot multiply
 CARDS = {"ampere": ("nvfp4", *_EVERYWHERE, "fp8"), "ada": ("nvfp4", *_EVERYWHERE, "fp8")}
@@ -133,8 +135,8 @@ class Bench:
             for place, latents in zip(places, new, strict=True):
                 np.save(place, latents)
         reference, *others = (digits.from_wan_space(torch.from_numpy(np.load(path))).double() for path in found)
-        energy = reference.square().sum((2, 3, 4, 5)).mean()
-        return [((y - reference).square().sum((2, 3, 4, 5)) / energy).flatten().numpy() for y in others]
+        energy = reference.square().flatten(1).sum(1).mean()
+        return [((y - reference).square().flatten(1).sum(1) / energy).numpy() for y in others]
 
 
 def main() -> None:
@@ -154,6 +156,7 @@ def main() -> None:
         print(beliefs(bench, tables, true), flush=True)
         print(all_options(bench, informed["gradient"]), flush=True)
         print(planning_time(), flush=True)
+        print(true_shapes(bench.out), flush=True)
 
 
 def informed_by(estimator: str, seen: Path, out: Path) -> Calibration:
@@ -393,6 +396,31 @@ def random_table(source: Source) -> CostTable:
             speed = targets.speed(entry, "blackwell")
             layers[name][option] = costs.Cost(float(error), nbytes, speed, float(gain * error))
     return CostTable(costs.made_with(source, "blackwell", tuple(costs.OPTIONS)), layers)
+
+
+# --- 5. true shapes ----------------------------------------------------------------------------------------------
+
+
+def true_shapes(out: Path) -> str:
+    """The whole command for one block of a true Z-Image; gradients are noise, of the right number."""
+    model, seen, _ = make_block(out / "true-block", False, False, 3840, 10240)
+    informed = out / "true-block" / "informed.calibration.safetensors"
+    if not informed.exists():
+        known, noise = calibration.load(seen), torch.Generator().manual_seed(0)
+        layers = shapes_of(3840, 10240)
+        gradients = {
+            f"layers.0.{n}": torch.randn(2 * ROWS, o, generator=noise).bfloat16() for n, (o, _) in layers.items()
+        }
+        found = {n: LayerSensitivity(known.rows_of(n)[:ROWS], g[:ROWS], g[ROWS:]) for n, g in gradients.items()}
+        calibration.save(replace(known, sensitivities=found), informed)
+    plan = ["plan", str(model), "--calibration", str(informed), "--bits", "6", "--gpu", "blackwell"]
+    lines = ["One Z-Image block, 3840 wide (177 M weights), cost table and plan, whole command:", ""]
+    lines += ["| options | seconds | CPU seconds | peak GB |", "|---|---|---|---|"]
+    for options in TABLES:
+        command = [sys.executable, "-m", "quant_core.cli", *plan, "--formats", options]
+        cost = measure([*command, "-o", str(out / "true-block" / "plan.json")])
+        lines.append(f"| {options} | {cost.wall:.0f} | {cost.cpu:.0f} | {cost.peak:.2f} |")
+    return "\n".join([*lines, "", f"Load average {os.getloadavg()[0]:.1f} at the end."]) + "\n"
 
 
 if __name__ == "__main__":
