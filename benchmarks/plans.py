@@ -196,8 +196,8 @@ def equal_bytes(bench: Bench, tables: Mapping[str, CostTable]) -> str:
         f"Final latent of plans of {', '.join(MIX)}, blackwell, as loaded, n = {10 * bench.seeds} pictures; ratio of "
         "means with 95 % interval, paired bootstrap over pictures:",
         "",
-        "| | bits a weight | bytes | final latent | × percentiles | × HSWQ variance |",
-        "|---|---|---|---|---|---|",
+        "| | bits a weight | bytes | predicted by gradient | final latent | × percentiles | × HSWQ variance |",
+        "|---|---|---|---|---|---|---|",
     ]
     for bits in BITS:
         choices = {name: rank(table, order, bits) for name, order in rankings(bench, table).items()}
@@ -209,7 +209,8 @@ def equal_bytes(bench: Bench, tables: Mapping[str, CostTable]) -> str:
         errors["random"] = np.mean([errors[name] for name in chance], axis=0)
         for name in (n for n in errors if n not in chance):
             shown = name if name in plans else chance[0]
-            cells = [f"{bits_of(table, choices[shown]):.3f}", str(plans[shown].size), f"{errors[name].mean():.2e}"]
+            cells = [f"{bits_of(table, choices[shown]):.3f}", str(plans[shown].size)]
+            cells += [f"{damage_of(table, choices[shown]):.2e}", f"{errors[name].mean():.2e}"]
             cells += [ratio(errors[name], errors[other]) for other in ("percentiles", "HSWQ variance")]
             title = f"{name} (mean of {DRAWS})" if name == "random" else name
             lines.append(f"| {title} | {' | '.join(cells)} |")

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "nodes")]
 
 import sample_digits  # noqa: E402
 
-EVERY = 2  # steps
+POINTS = 6
 
 
 def main() -> int:
@@ -33,13 +33,13 @@ def predictions(options: Any) -> dict[str, np.ndarray]:
     found = {}
     for index, file in enumerate(options.files):
         network = (model := sample_digits._load(file)).model.diffusion_model
-        calls = calls or trajectory(model, network, options)[::EVERY]
+        calls = calls or trajectory(model, network, options)
         found[str(index)] = torch.stack([network(*copy.deepcopy(a), **copy.deepcopy(k)) for a, k in calls]).numpy()
     return found
 
 
 def trajectory(model: Any, network: torch.nn.Module, options: Any) -> list[tuple[Any, Any]]:
-    """What the network is called with at every step."""
+    """What the network is called with at points that are even in sigma, as Measure Sensitivity's are."""
     prompts = load_file(str(options.promptset))
     context = torch.cat([prompts[f"{i}.cond"] for i in range(sample_digits.DIGITS)])
     calls: list[tuple[Any, Any]] = []
@@ -48,7 +48,9 @@ def trajectory(model: Any, network: torch.nn.Module, options: Any) -> list[tuple
     )
     sample_digits.sample(model, context, range(options.first_seed, options.first_seed + options.seeds), options.steps)
     hook.remove()
-    return calls
+    times = [float(args[1].max()) for args, _ in calls]
+    wanted = [times[0] * (1 - (i + 0.5) / POINTS) for i in range(POINTS)]
+    return [calls[sum(time >= at for time in times) - 1] for at in wanted]
 
 
 if __name__ == "__main__":
