@@ -205,12 +205,14 @@ def equal_bytes(bench: Bench, tables: Mapping[str, CostTable]) -> str:
         plans = {name: bench.plan(table, choice) for name, choice in choices.items()}
         files = [bench.file(f"{bits}-{name}", table, choice) for name, choice in choices.items()]
         errors = dict(zip(plans, bench.drawn(files, bench.seeds), strict=True))
+        predicted = {name: damage_of(table, choice) for name, choice in choices.items()}
         chance = [name for name in errors if name.startswith("random")]
         errors["random"] = np.mean([errors[name] for name in chance], axis=0)
+        predicted["random"] = float(np.mean([predicted[name] for name in chance]))
         for name in (n for n in errors if n not in chance):
             shown = name if name in plans else chance[0]
             cells = [f"{bits_of(table, choices[shown]):.3f}", str(plans[shown].size)]
-            cells += [f"{damage_of(table, choices[shown]):.2e}", f"{errors[name].mean():.2e}"]
+            cells += [f"{predicted[name]:.2e}", f"{errors[name].mean():.2e}"]
             cells += [ratio(errors[name], errors[other]) for other in ("percentiles", "HSWQ variance")]
             title = f"{name} (mean of {DRAWS})" if name == "random" else name
             lines.append(f"| {title} | {' | '.join(cells)} |")
