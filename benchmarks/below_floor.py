@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality import MODEL, ROWS, WORKFLOW, calibrate_demo, distance, sample
+from quality import MODEL, ROWS, WORKFLOW, calibrate_demo, distance, sample, save_prompts
 from safetensors.torch import save_file
 from synthetic import weight as heavy_tailed
 from timing import ROOT, measure
@@ -52,13 +52,7 @@ from quant_core.rounding.judge import Judge  # noqa: E402
 RANKS = (4, 16, 32)
 SAMPLING = ("steps", "cfg", "sampler_name", "scheduler", "width", "height", "frames")
 WIDTH, HIDDEN = 1024, 2816
-BLOCK = {  # of a Z-Image; its norms are what a fold is put into
-    "attention.qkv": (3 * WIDTH, WIDTH),
-    "attention.out": (WIDTH, WIDTH),
-    "feed_forward.w1": (HIDDEN, WIDTH),
-    "feed_forward.w3": (HIDDEN, WIDTH),
-    "feed_forward.w2": (WIDTH, HIDDEN),
-}
+BLOCK = ("attention.qkv", "attention.out", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")  # of a Z-Image
 LOUD = {  # heading -> spread over the width, the weights' columns there a quarter
     "side by side": (False, False),
     "spread": (True, False),
@@ -116,7 +110,8 @@ def run(*words: object) -> None:
 
 def demo_table(out: Path, seeds: int) -> str:
     seen, held_out = calibrate_demo(out)
-    stem, informed = out / "below", with_sensitivities(seen, out / "below")
+    stem = out / "below"
+    informed = with_sensitivities(seen, stem / "sensitivities.calibration.safetensors")  # a control that knows more
     files = {"GPTQ alone": quantize(MODEL, seen, stem / "gptq", [])}
     files["fold"] = quantize(MODEL, seen, stem / "fold", ["--smooth", "fold"])
     for rank in RANKS:
@@ -144,22 +139,26 @@ def demo_table(out: Path, seeds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_sensitivities(seen: Path, out: Path) -> Path:
-    """The calibration with what Measure Sensitivity adds, on the very prompts drawn: a control that knows more."""
-    path = out / "sensitivities.calibration.safetensors"
+def with_sensitivities(
+    seen: Path, path: Path, conds: dict[str, torch.Tensor] | None = None, estimator: str = "gradient"
+) -> Path:
+    """The calibration with what Measure Sensitivity adds, on these prompts or on the very digits that are drawn."""
     if path.exists():
         return path
     graph = json.loads(WORKFLOW.read_text("utf-8"))
     sampling = {key: graph["4"]["inputs"][key] for key in SAMPLING}
     linked = {"model": ["2", 0], "conditioning": ["3", 0], "calibration": ["4", 0]}
-    how = {"samples": 10, "seed": 5000, "estimator": "gradient", "points": 6, "probes": 2, "rows": 512, "seconds": 600}
+    how = {"samples": 10, "seed": 5000, "estimator": estimator, "points": 6, "probes": 2, "rows": 512, "seconds": 120}
     graph["4"] = {"class_type": "CalibQuantLoadCalibration", "inputs": {"calibration_name": seen.name}}
     graph["6"] = {"class_type": "CalibQuantSensitivity", "inputs": sampling | linked | how}
     graph["5"]["inputs"] |= {"calibration": ["6", 0], "filename_prefix": "measured"}
     with tempfile.TemporaryDirectory() as folder, start_server(Path(folder)) as server:
         (server.output_dir / "calibrations").mkdir(parents=True, exist_ok=True)
         shutil.copy(seen, server.output_dir / "calibrations")
-        server.post(graph)
+        if conds:
+            named = save_prompts(conds, server.output_dir / "promptsets" / "conds.safetensors").name
+            graph["3"]["inputs"] |= {"prompt_set": named, "index": 0}
+        server.post(graph, timeout=1200)
         (saved,) = (server.output_dir / "calibrations").glob("measured*.safetensors")
         shutil.copy(saved, path)
     return path
@@ -248,27 +247,37 @@ def inputs_of(width: int, seed: int, spread: bool) -> torch.Tensor:
     return rows
 
 
-def make_block(out: Path, spread: bool, small: bool) -> tuple[Path, Path, Path]:
-    """A model file of one Z-Image block, and two calibrations from different draws of the same inputs."""
+def shapes_of(width: int, hidden: int) -> dict[str, tuple[int, int]]:
+    return dict(zip(BLOCK, [(3 * width, width), (width, width), *[(hidden, width)] * 2, (width, hidden)], strict=True))
+
+
+def make_block(
+    out: Path, spread: bool, small: bool, width: int = WIDTH, hidden: int = HIDDEN
+) -> tuple[Path, Path, Path]:
+    """A model file of one Z-Image block, and two calibrations from different draws of the same inputs.
+
+    Its norms are what a fold is put into.
+    """
+    block = shapes_of(width, hidden)
     paths = out / "block.safetensors", out / "seen.calibration.safetensors", out / "held-out.calibration.safetensors"
     if all(path.exists() for path in paths):
         return paths
     out.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    weights = {f"layers.0.{name}.weight": heavy_tailed(*shape, generator) for name, shape in BLOCK.items()}
+    weights = {f"layers.0.{name}.weight": heavy_tailed(*shape, generator) for name, shape in block.items()}
     for weight in weights.values() if small else ():
         weight[:, 64::128] /= 4
     rest = {
-        f"layers.0.{name}.weight": WIDTH for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+        f"layers.0.{name}.weight": width for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
     }
     rest |= {f"{place}.attention.{x}_norm.weight": 128 for place in ("layers.0", "noise_refiner.0") for x in "qk"}
-    rest |= {"cap_embedder.0.weight": WIDTH}
+    rest |= {"cap_embedder.0.weight": width}
     tensors = weights | {key: torch.ones(size, dtype=torch.bfloat16) for key, size in rest.items()}
-    tensors |= {"cap_embedder.1.weight": heavy_tailed(WIDTH, 256, generator)}
-    tensors |= {"noise_refiner.0.adaLN_modulation.0.weight": heavy_tailed(4 * WIDTH, 256, generator)}
+    tensors |= {"cap_embedder.1.weight": heavy_tailed(width, 256, generator)}
+    tensors |= {"noise_refiner.0.adaLN_modulation.0.weight": heavy_tailed(4 * width, 256, generator)}
     save_file(tensors, paths[0])
     for path, seed in zip(paths[1:], (1, 2), strict=True):
-        inputs = {f"layers.0.{name}": inputs_of(shape[1], seed, spread) for name, shape in BLOCK.items()}
+        inputs = {f"layers.0.{name}": inputs_of(shape[1], seed, spread) for name, shape in block.items()}
         calibrate(inputs, weights, path, seed)
     return paths
 

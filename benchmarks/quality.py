@@ -143,19 +143,11 @@ def calibrate_demo(out: Path) -> tuple[Path, Path]:
     paths = out / "blends.calibration.safetensors", out / "digits.calibration.safetensors"
     if all(path.exists() for path in paths):
         return paths
-    tensors = load_file(PROMPTS)
-    digit = [tensors[f"{i}.cond"] for i in range(10)]
-    pairs = list(itertools.combinations(range(10), 2))
-    prompts = {
-        "blends": ([(digit[a] + digit[b]) / 2 for a, b in pairs], [f"{a}+{b}" for a, b in pairs], 3000),
-        "digits": (digit, [str(i) for i in range(10)], 4000),
-    }
+    blends, digit = prompts()
+    sets = {"blends": (blends, 3000), "digits": (digit, 4000)}
     with tempfile.TemporaryDirectory() as folder, start_server(Path(folder)) as server:
-        for (name, (conds, texts, seed)), path in zip(prompts.items(), paths, strict=True):
-            target = server.output_dir / "promptsets" / f"{name}.safetensors"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            header = {"calibquant_promptset": json.dumps({"format_version": 1, "prompts": texts})}
-            save_file({f"{i}.cond": cond.clone() for i, cond in enumerate(conds)}, target, header)
+        for (name, (conds, seed)), path in zip(sets.items(), paths, strict=True):
+            target = save_prompts(conds, server.output_dir / "promptsets" / f"{name}.safetensors")
             workflow = json.loads(WORKFLOW.read_text("utf-8"))
             workflow["3"]["inputs"] |= {"prompt_set": target.name, "index": 0}
             workflow["4"]["inputs"] |= {"samples": 45, "seed": seed, "rows": ROWS}
@@ -164,6 +156,20 @@ def calibrate_demo(out: Path) -> tuple[Path, Path]:
             (saved,) = (server.output_dir / "calibrations").glob(f"{name}*.safetensors")
             shutil.copy(saved, path)
     return paths
+
+
+def prompts() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Conditioning by text: of the 45 blends of two digits each, and of the ten digits."""
+    tensors = load_file(PROMPTS)
+    digit = {str(i): tensors[f"{i}.cond"] for i in range(10)}
+    return {f"{a}+{b}": (digit[a] + digit[b]) / 2 for a, b in itertools.combinations(digit, 2)}, digit
+
+
+def save_prompts(conds: dict[str, torch.Tensor], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"calibquant_promptset": json.dumps({"format_version": 1, "prompts": list(conds)})}
+    save_file({f"{i}.cond": cond.clone() for i, cond in enumerate(conds.values())}, path, header)
+    return path
 
 
 def quantize_block(out: Path, shapes: dict[str, tuple[int, int]], runs: int) -> list[Made]:

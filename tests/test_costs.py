@@ -128,7 +128,8 @@ def test_a_card_without_kernels_does_not_round_inputs(file: Path) -> None:
 
 
 def test_damage_is_what_the_sensitivities_say_of_every_option(file: Path) -> None:
-    """Known by its gain alone, a layer's damage is that times the mean square of its outputs' changes."""
+    """Known by its gain alone, a layer's damage is that times the mean square of its outputs' changes; what becomes of
+    them by the rounding of inputs counts half, for it cancels over the steps of sampling."""
     seen = calibrated(file)
     known = {name: LayerSensitivity(seen.rows_of(name), gain=1.0) for name in seen.layers}
     seen = replace(seen, sensitivities=known)
@@ -138,11 +139,14 @@ def test_damage_is_what_the_sensitivities_say_of_every_option(file: Path) -> Non
         plan = budget.plan(source, table, budget.Wish("bits", 7.0), calibration=seen)
         kept = budget.plan(source, table, budget.Wish("bits", 7.0), calibration=seen, weighting="uniform")
     for name, options in table.layers.items():
+        rows = seen.rows_of(name).float()
         with Source(file) as source:
-            outputs = seen.rows_of(name).float() @ source.load(name).float().T
-        assert options["nvfp4"].damage == pytest.approx(
-            options["nvfp4"].error * outputs.square().sum(1).mean().item(), rel=1e-3
-        )
+            weight = source.load(name).float()
+            entry = costs.entries(source, OPTIONS, seen)[name]["nvfp4"]
+        energy = (rows @ weight.T).square().sum(1).mean().item()
+        of_inputs = ((rows - as_loaded(FORMATS["nvfp4"], rows, entry)) @ weight.T).square().sum(1).mean().item()
+        assert options["nvfp4-w4a16"].damage == pytest.approx(options["nvfp4-w4a16"].error * energy, rel=1e-3)
+        assert options["nvfp4"].damage == pytest.approx(options["nvfp4"].error * energy - of_inputs / 2, rel=1e-3)
     assert plan.predicted is not None and plan.predicted["weighting"] == "gradient"
     harm = sum(
         min(c.damage for c in table.layers[n].values() if c.nbytes == table.layers[n][option_of(e)].nbytes)

@@ -5,8 +5,8 @@
     score     quant_probe's score of the weights
     uniform   the same everywhere
 
-By gradient, damages add up to the relative squared change of the prediction; by the others to a weighted mean of the
-layers' relative errors.
+By gradient, damages add up to the relative squared change of the prediction, as far as it lasts over the steps of
+sampling (``costs``); by the others to a weighted mean of the layers' relative errors.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
 from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, shared_scale, squared_distance, squared_norm
 from .task import Inputs, Task
-from .trial import WITH_BIAS, Trial, Tried, changes, corrected, judge, judged_outputs
+from .trial import WITH_BIAS, Trial, Tried, changes, changes_of_inputs, corrected, judge, judged_outputs
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
@@ -121,7 +121,12 @@ class Rounder:
         name = self._plain_way(task) if task.inputs is None else tried.best
         decoded = tried.decoded[name.removesuffix(WITH_BIAS)]
         error = tried.loader if name == tried.best else tried.errors[name]
-        return Trial(name, error, lambda rows: changes(task, tried, decoded, rows.float()))
+        return Trial(
+            name,
+            error,
+            lambda rows: changes(task, tried, decoded, rows.float()),
+            lambda rows: changes_of_inputs(task, rows.float()),
+        )
 
     def branch(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str) -> split.Branch:
         """Of the planned rank, for a ``trial``: fitted to other runs than those that judge it."""

@@ -47,12 +47,13 @@ class Trial:
     error: of outputs as the loader runs the layer, on inputs that GPTQ was not fitted to where there are several runs;
     of the weights where no inputs are known. changes: input rows float32 [n, in] -> what becomes of the outputs
     [n, out]: what the rounding of inputs does to all of them, what that of weights does to those that were tried,
-    scaled so that sums over outputs are right in expectation.
+    scaled so that sums over outputs are right in expectation. of_inputs: the former alone.
     """
 
     rounding: str
     error: float
     changes: Callable[[torch.Tensor], torch.Tensor]
+    of_inputs: Callable[[torch.Tensor], torch.Tensor]
 
 
 def judged_outputs(count: int) -> torch.Tensor:
@@ -90,11 +91,16 @@ def changes(task: Task, tried: Tried, decoded: torch.Tensor, rows: torch.Tensor)
     What is not tried of the weights stands in for by the rest, times a factor that keeps the sum of squares.
     """
     fed, weight = as_loaded(task.fmt, rows, task.entry), task.weight.float().cpu()
-    out = (rows - fed) @ weight.T
+    out = changes_of_inputs(task, rows)
     own = fed @ (weight[tried.outputs] - decoded).T
     own = own if tried.shift is None else own - tried.shift
     out[:, tried.outputs] += own * (len(weight) / len(tried.outputs)) ** 0.5
     return out
+
+
+def changes_of_inputs(task: Task, rows: torch.Tensor) -> torch.Tensor:
+    """(X - X') W^T, float32 [n, out]."""
+    return (rows - as_loaded(task.fmt, rows, task.entry)) @ task.weight.float().cpu().T
 
 
 def corrected(
