@@ -41,7 +41,7 @@ from .plan import Plan
 from .recipes import legal, summary, with_input_scale
 from .targets import GPUS, TARGETS, rounds_inputs, speed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 counted the damage of rounded inputs whole
 # What a layer may become, smallest first -> format, and whether weight-only.
 OPTIONS: dict[str, tuple[str, bool]] = {
     "nvfp4": ("nvfp4", False),
