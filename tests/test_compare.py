@@ -465,7 +465,7 @@ def test_prompts_come_from_a_file(pack: dict[str, Any], comfy: Path, monkeypatch
 
 @pytest.mark.core
 def test_the_workflow_compares_what_it_saved(server: Server) -> None:
-    graph = json.loads((models.ROOT / "workflows" / "api" / "compare_demo.json").read_text("utf-8"))
+    graph = json.loads((models.ROOT / "workflows" / "api" / "quantize_and_compare.json").read_text("utf-8"))
     (node,) = (name for name, one in graph.items() if one["class_type"] == "CalibQuantCompare")
     graph[node]["inputs"] |= {"prompts": 2, "steps": STEPS}
     output = server.post(graph)["outputs"][node]

@@ -1,4 +1,4 @@
-import { MODEL, PROMPTS } from "./parts.mjs";
+import { COLOUR, MODEL, PROMPTS } from "./parts.mjs";
 
 const NOTE = `# What does each layer see?
 
@@ -25,4 +25,9 @@ const LINKS = [
   ["calibrate", 0, "save", "calibration"],
 ];
 
-export default { nodes: NODES, links: LINKS, groups: [] };
+const GROUPS = [
+  ["The 16-bit model, prompts", COLOUR.shared, [480, 0, 400, 580]],
+  ["Calibrate and keep it", COLOUR.work, [900, 0, 860, 580]],
+];
+
+export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -11,17 +11,16 @@ The calibration ships with the pack; your own comes from **Calibrate** or **Moni
 
 const NODES = [
   ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
-  ["large", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
-  ["calibration", "CalibQuantLoadCalibration", [500, 240], [360, 110], { calibration_name: CALIBRATION }],
+  ["large", "UNETLoader", [500, 250], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
   ["prompts", "CalibQuantLoadPromptSet", [500, 420], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
   ["vae", "VAELoader", [500, 600], [360, 70], VAE],
   ["sensitivity", "CalibQuantSensitivity", [920, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
   ["plan", "CalibQuantPlan", [1340, 80], [640, 900],
     { model_name: MODEL, strategy: "bits", "strategy.bits": 5.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
   ["save", "CalibQuantQuantize", [2040, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
-  ["small", "UNETLoader", [2040, 800], [400, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [2500, 80], [400, 520], { ...SAMPLING, prompts: 10, seeds: 1, seed: 7 }],
-  ["sheet", "PreviewImage", [2960, 80], [520, 700], {}],
+  ["small", "UNETLoader", [2500, 80], [360, 90], { weight_dtype: "default" }],
+  ["compare", "CalibQuantCompare", [2920, 80], [520, 1100], { ...SAMPLING, prompts: 5, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
 ];
 const LINKS = [
   ["large", 0, "sensitivity", "model"],
@@ -34,14 +33,13 @@ const LINKS = [
   ["small", 0, "compare", "model_b"],
   ["prompts", 0, "compare", "conditioning"],
   ["vae", 0, "compare", "vae"],
-  ["compare", 0, "sheet", "images"],
 ];
 const GROUPS = [
   ["Model, calibration, prompts", COLOUR.shared, [480, 0, 400, 690]],
   ["What is each layer worth?", COLOUR.work, [900, 0, 400, 690]],
   ["Plan and edit", COLOUR.work, [1320, 0, 680, 1200]],
-  ["Save", COLOUR.work, [2020, 0, 440, 920]],
-  ["How close is it?", COLOUR.quantized, [2480, 0, 1020, 920]],
+  ["Save, load", COLOUR.work, [2020, 0, 860, 560]],
+  ["How close is it?", COLOUR.quantized, [2900, 0, 560, 1220]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };
