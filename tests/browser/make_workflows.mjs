@@ -83,15 +83,24 @@ async function card(page, output, image, height, lines, size) {
   await sheet.setViewportSize({ width: 400, height: 400 }); // as template cards are
   const text = lines.map((line) => `<p>${line.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}</p>`).join("");
   await sheet.setContent(`<style>body{margin:0;background:#1d1f24;color:#ddd;font:600 ${size}px/1.35 sans-serif}p{margin:8px 16px}
-    img{width:400px;height:${height}px;object-fit:cover;object-position:top;margin-bottom:8px;display:block}</style><img src="${image}">${text}`);
+    img{width:400px;height:${height}px;object-fit:${lines.length ? "contain" : "cover"};object-position:top;margin-bottom:8px;display:block}</style><img src="${image}">${text}`);
   await sheet.screenshot({ path: output, type: "jpeg", quality: 80 });
   await sheet.close();
 }
 
+/** The nodes and groups, and nothing of the page around them. */
 async function graphShot(page) {
   await page.keyboard.press("Escape"); // the template browser may have opened late
   await fit(page);
-  const shot = await page.screenshot({ clip: { x: 60, y: 60, width: 1840, height: 1000 } });
+  const clip = await page.evaluate(() => {
+    const { graph, canvas } = window.app;
+    const boxes = [...graph.nodes, ...graph.groups].map((one) => [...one.pos, one.pos[0] + one.size[0], one.pos[1] + one.size[1]]);
+    const edge = (i, pick) => (pick(...boxes.map((box) => box[i])) + canvas.ds.offset[i % 2]) * canvas.ds.scale;
+    const [x, y] = [edge(0, Math.min) - 8, edge(1, Math.min) - 8];
+    const frame = canvas.canvas.getBoundingClientRect();
+    return { x: x + frame.x, y: y + frame.y, width: edge(2, Math.max) + 8 - x, height: edge(3, Math.max) + 8 - y };
+  });
+  const shot = await page.screenshot({ clip });
   return `data:image/png;base64,${shot.toString("base64")}`;
 }
 
@@ -100,7 +109,7 @@ async function picture(page, url, output, graph) {
   if (graph.says) return card(page, output, await graphShot(page), 217, graph.says, 26);
   const outputs = Object.values((await queueAndWait(page, url)).outputs);
   const compared = outputs.find((o) => o.calibquant_compare);
-  if (compared) return card(page, output, await dataUrl(url, compared.images[0]), 300, compared.text[0].split("\n").slice(0, 1), 17);
+  if (compared) return card(page, output, await dataUrl(url, compared.images[0]), 400, [], 0); // it begins with the verdict
   const texts = outputs.flatMap((o) => o.text ?? []);
   const text = texts.find((t) => t.includes(".safetensors\n")) ?? texts.at(-1);
   return card(page, output, await graphShot(page), 217, text.split("\n").slice(text.includes(".safetensors\n") ? 1 : 0).slice(0, 4), 15);

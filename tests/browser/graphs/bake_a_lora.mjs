@@ -12,7 +12,7 @@ LoRA any more.
 The LoRA here draws the digits bolder; it ships with the pack.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 460], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
   ["large", "UNETLoader", [500, 620], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["lora", "LoraLoaderModelOnly", [920, 620], [360, 110], { lora_name: "calibquant_digits_bold.safetensors", strength_model: 1 }],
   ["plan", "CalibQuantPlan", [920, 80], [400, 400], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
@@ -20,7 +20,7 @@ const NODES = [
   ["small", "UNETLoader", [1840, 80], [360, 90], { weight_dtype: "default" }],
   ["prompts", "CalibQuantLoadPromptSet", [1840, 790], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
   ["vae", "VAELoader", [1840, 960], [360, 70], VAE],
-  ["compare", "CalibQuantCompare", [2260, 620], [520, 1100], { ...SAMPLING, prompts: 5, seeds: 1, seed: 7, filename_prefix: "digits_bold" }],
+  ["compare", "CalibQuantCompare", [2260, 620], [520, 1100], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_bold" }],
 ];
 const LINKS = [
   ["large", 0, "lora", "model"],

@@ -11,7 +11,7 @@ it the copy would be taken first.
 Queue a few prompts and seeds: 32 runs are plenty. *reset* begins anew.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 340], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 280], { text: NOTE }],
   ["unet", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["monitor", "CalibQuantMonitor", [920, 80], [360, 200], { name: "digits_monitored", rows: 128, reset: false }],
   ["prompts", "CalibQuantLoadPromptSet", [500, 440], [360, 110], PROMPTS],

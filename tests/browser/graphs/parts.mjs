@@ -17,25 +17,25 @@ export const UPSCALE = { upscale_method: "nearest-exact", width: 256, height: 25
 export const SAMPLING = { steps: 12, cfg: 1, sampler_name: "euler", scheduler: "simple", width: 64, height: 64, frames: 1 }; // of our own nodes
 export const VAE = { vae_name: "calibquant_digits_vae.safetensors" };
 
-/** What all rows of pictures share: prompt, size, decoder, seed. */
+/** What all rows of pictures share: prompt, size, decoder, seed. They stand between two rows, left of what they feed. */
 export function shared(x, y) {
   return [
-    ["prompts", "CalibQuantLoadPromptSet", [x, y], [400, 110], PROMPTS],
-    ["latent", "EmptyHunyuanLatentVideo", [x, y + 180], [400, 140], LATENT],
-    ["vae", "VAELoader", [x, y + 390], [400, 70], VAE],
-    ["seed", "PrimitiveInt", [x, y + 530], [400, 90], { value: SEED }],
+    ["prompts", "CalibQuantLoadPromptSet", [x + 420, y], [360, 110], PROMPTS],
+    ["latent", "EmptyHunyuanLatentVideo", [x + 420, y + 170], [360, 140], LATENT],
+    ["vae", "VAELoader", [x + 920, y], [320, 70], VAE],
+    ["seed", "PrimitiveInt", [x + 420, y + 370], [360, 90], { value: SEED }],
   ];
 }
 
-/** A model and the picture that it draws, from left to right; gap: room behind the loader. */
-export function row(key, x, y, gap = 0) {
-  const right = x + 420 + gap;
+/** A model and the picture that it draws, from left to right. */
+export function row(key, x, y) {
+  const right = x + 920;
   return [
     [`${key}.unet`, "UNETLoader", [x, y], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
     [`${key}.sampler`, "KSampler", [right, y], [320, 270], SAMPLER],
-    [`${key}.decode`, "VAEDecode", [right + 380, y], [260, 50], {}],
-    [`${key}.scale`, "ImageScale", [right + 700, y], [260, 150], UPSCALE],
-    [`${key}.picture`, "PreviewImage", [right + 1020, y], [280, 300], {}],
+    [`${key}.decode`, "VAEDecode", [right + 420, y], [260, 50], {}],
+    [`${key}.scale`, "ImageScale", [right + 740, y], [260, 150], UPSCALE],
+    [`${key}.picture`, "PreviewImage", [right + 1060, y], [280, 300], {}],
   ];
 }
 

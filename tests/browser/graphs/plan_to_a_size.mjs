@@ -10,17 +10,17 @@ card. Drag the slider along the curve; click layers in the map and set a format;
 The calibration ships with the pack; your own comes from **Calibrate** or **Monitor Calibration**.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
-  ["large", "UNETLoader", [500, 250], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["note", "MarkdownNote", [40, 80], [400, 320], { text: NOTE }],
+  ["large", "UNETLoader", [500, 1120], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
-  ["prompts", "CalibQuantLoadPromptSet", [500, 420], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["vae", "VAELoader", [500, 600], [360, 70], VAE],
-  ["sensitivity", "CalibQuantSensitivity", [920, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
-  ["plan", "CalibQuantPlan", [1340, 80], [640, 900],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 1290], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [500, 1460], [360, 70], VAE],
+  ["sensitivity", "CalibQuantSensitivity", [1000, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
+  ["plan", "CalibQuantPlan", [1420, 80], [640, 900],
     { model_name: MODEL, strategy: "bits", "strategy.bits": 5.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
-  ["save", "CalibQuantQuantize", [2040, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
-  ["small", "UNETLoader", [2500, 80], [360, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [2920, 80], [520, 1100], { ...SAMPLING, prompts: 5, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
+  ["save", "CalibQuantQuantize", [2120, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
+  ["small", "UNETLoader", [2580, 80], [360, 90], { weight_dtype: "default" }],
+  ["compare", "CalibQuantCompare", [3000, 1120], [520, 1100], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
 ];
 const LINKS = [
   ["large", 0, "sensitivity", "model"],
@@ -35,11 +35,12 @@ const LINKS = [
   ["vae", 0, "compare", "vae"],
 ];
 const GROUPS = [
-  ["Model, calibration, prompts", COLOUR.shared, [480, 0, 400, 690]],
-  ["What is each layer worth?", COLOUR.work, [900, 0, 400, 690]],
-  ["Plan and edit", COLOUR.work, [1320, 0, 680, 1200]],
-  ["Save, load", COLOUR.work, [2020, 0, 860, 560]],
-  ["How close is it?", COLOUR.quantized, [2900, 0, 560, 1220]],
+  ["The shipped calibration", COLOUR.shared, [480, 0, 400, 240]],
+  ["Model, prompts", COLOUR.shared, [480, 1040, 400, 510]],
+  ["What is each layer worth?", COLOUR.work, [980, 0, 400, 1020]],
+  ["Plan and edit", COLOUR.work, [1400, 0, 680, 1020]],
+  ["Save, load", COLOUR.work, [2100, 0, 860, 560]],
+  ["How close is it?", COLOUR.quantized, [2980, 1040, 560, 1220]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

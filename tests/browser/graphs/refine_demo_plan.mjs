@@ -9,15 +9,15 @@ It takes minutes on the demo model and longer on a large one: \`minutes\` bounds
 two, what a uniform plan of as many bytes does.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 340], { text: NOTE }],
-  ["unet", "UNETLoader", [500, 420], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["note", "MarkdownNote", [40, 80], [400, 280], { text: NOTE }],
+  ["unet", "UNETLoader", [1440, 420], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
   ["plan", "CalibQuantPlan", [920, 80], [460, 900],
     { model_name: MODEL, strategy: "bits", "strategy.bits": 6.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
-  ["prompts", "CalibQuantLoadPromptSet", [500, 580], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["refine", "CalibQuantRefinePlan", [1440, 80], [440, 640],
+  ["prompts", "CalibQuantLoadPromptSet", [1440, 590], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["refine", "CalibQuantRefinePlan", [1880, 80], [440, 640],
     { ...SAMPLING, samples: 10, seed: 2000, minutes: 10, measure_controls: true }],
-  ["save", "CalibQuantQuantize", [1940, 80], [400, 420], { filename_prefix: "calibquant/digits_refined", verify: true }],
+  ["save", "CalibQuantQuantize", [2380, 80], [400, 420], { filename_prefix: "calibquant/digits_refined", verify: true }],
 ];
 const LINKS = [
   ["calibration", 0, "plan", "calibration"],
@@ -27,10 +27,11 @@ const LINKS = [
   ["refine", 0, "save", "plan"],
 ];
 const GROUPS = [
-  ["Calibration, model, prompts", COLOUR.shared, [480, 0, 400, 720]],
-  ["Plan for a size", COLOUR.work, [900, 0, 500, 1200]],
-  ["Try it, and plan again", COLOUR.quantized, [1420, 0, 480, 1200]],
-  ["Save", COLOUR.work, [1920, 0, 440, 560]],
+  ["The shipped calibration", COLOUR.shared, [480, 0, 400, 240]],
+  ["Plan for a size", COLOUR.work, [900, 0, 500, 1020]],
+  ["Model, prompts", COLOUR.shared, [1420, 340, 400, 400]],
+  ["Try it, and plan again", COLOUR.quantized, [1860, 0, 480, 1020]],
+  ["Save", COLOUR.work, [2360, 0, 440, 560]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -20,12 +20,13 @@ const NODES = [
     { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4", split: "16" }],
   ["save", "CalibQuantQuantize", [1340, 80], [560, 400],
     { model_name: MODEL, filename_prefix: "calibquant/digits", verify: true }],
-  ...shared(1500, 620),
-  ...row("both", 2020, 80, 420).filter(([key]) => key !== "both.unet"),
+  ...shared(2020, 540),
+  ...row("both", 2020, 80).filter(([key]) => key !== "both.unet"),
   ["both.unet", "CalibQuantLoadSplit", [2020, 80], [360, 90], {}],
-  ...row("stock", 2020, 540, 420),
-  ["stock.lora", "LoraLoaderBypassModelOnly", [2440, 540], [360, 110], { strength_model: 1 }],
-  ...row("large", 2020, 1000, 420),
+  ...row("stock", 2020, 1160).filter(([key]) => key !== "stock.unet"),
+  ["stock.unet", "UNETLoader", [2020, 1310], [360, 90], { weight_dtype: "default" }],
+  ["stock.lora", "LoraLoaderBypassModelOnly", [2440, 1160], [360, 110], { strength_model: 1 }],
+  ...row("large", 2020, 1620),
 ];
 const LINKS = [
   ["calibration", 0, "plan", "calibration"],
@@ -38,10 +39,10 @@ const LINKS = [
 ];
 const GROUPS = [
   ["Quantize with a split", COLOUR.work, [480, 0, 1440, 500]],
-  ["Prompt, size, seed: the same for all", COLOUR.shared, [1480, 540, 440, 740]],
-  ["Both files, by Load Split Model", COLOUR.quantized, [2000, 0, 2180, 420]],
-  ["Both files, by two stock nodes", COLOUR.quantized, [2000, 460, 2180, 420]],
-  ["The 16-bit model", COLOUR.original, [2000, 920, 2180, 420]],
+  ["Prompt, size, seed: the same for all", COLOUR.shared, [2420, 460, 860, 560]],
+  ["Both files, by Load Split Model", COLOUR.quantized, [2000, 0, 2300, 420]],
+  ["Both files, by two stock nodes", COLOUR.quantized, [2000, 1080, 2300, 420]],
+  ["The 16-bit model", COLOUR.original, [2000, 1540, 2300, 420]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };
