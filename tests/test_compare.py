@@ -471,7 +471,7 @@ def test_the_workflow_compares_what_it_saved(server: Server) -> None:
     output = server.post(graph)["outputs"][node]
     (found,), (text,) = output["calibquant_compare"], output["text"]
     assert text.splitlines()[0] == found["verdict"] and "saved as output/comparisons/digits_00001_.md" in text
-    assert (found["source"], found["recipe"], found["architecture"]) == (MODEL, "nvfp4", "wan")
+    assert (found["source"], found["recipe"], found["architecture"]) == (MODEL, "bits 5.5", "wan")
     saved = server.output_dir / "diffusion_models" / "calibquant" / found["output"]
     assert (found["bytes_before"], found["bytes_after"]) == (DEMO.stat().st_size, saved.stat().st_size)
     folder = server.output_dir / "comparisons"
