@@ -20,7 +20,7 @@ const NODES = [
   ["small", "UNETLoader", [1840, 80], [360, 90], { weight_dtype: "default" }],
   ["prompts", "CalibQuantLoadPromptSet", [1840, 790], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
   ["vae", "VAELoader", [1840, 960], [360, 70], VAE],
-  ["compare", "CalibQuantCompare", [2260, 620], [520, 1100], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_bold" }],
+  ["compare", "CalibQuantCompare", [2260, 620], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_bold" }],
 ];
 const LINKS = [
   ["large", 0, "lora", "model"],
@@ -36,7 +36,7 @@ const GROUPS = [
   ["The 16-bit model with its LoRA", COLOUR.original, [480, 540, 820, 210]],
   ["Bake, quantize, load", COLOUR.work, [900, 0, 1320, 520]],
   ["What to draw", COLOUR.shared, [1820, 710, 400, 340]],
-  ["How close is it?", COLOUR.quantized, [2240, 540, 560, 1220]],
+  ["How close is it?", COLOUR.quantized, [2240, 540, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -18,7 +18,7 @@ const NODES = [
   ["plan", "CalibQuantPlan", [1420, 80], [380, 420], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
   ["save", "CalibQuantQuantize", [1860, 80], [400, 420], { filename_prefix: "calibquant/digits_calibrated", verify: true }],
   ["small", "UNETLoader", [2320, 80], [360, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [2760, 620], [520, 1100], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_calibrated" }],
+  ["compare", "CalibQuantCompare", [2760, 620], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_calibrated" }],
 ];
 const LINKS = [
   ["large", 0, "calibrate", "model"],
@@ -34,7 +34,7 @@ const LINKS = [
 const GROUPS = [
   ["The 16-bit model, prompts", COLOUR.shared, [480, 540, 400, 510]],
   ["Calibrate, plan, save", COLOUR.work, [980, 0, 1720, 560]],
-  ["The same prompts, other seeds, both models", COLOUR.quantized, [2740, 540, 560, 1220]],
+  ["The same prompts, other seeds, both models", COLOUR.quantized, [2740, 540, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -70,7 +70,7 @@ export function calibrated({ note, prefix, loader: [type, widget, file], encoder
     ["plan", "CalibQuantPlan", [1420, 80], [400, 420], { model_name: vae ? file : `checkpoints/${file}`, strategy: "recipe", "strategy.recipe": plan }],
     ["save", "CalibQuantQuantize", [1880, 80], [400, 420], { filename_prefix: `calibquant/${prefix}`, verify: true }],
     ["small", type, [2340, 80], [360, 100], {}],
-    ["compare", "CalibQuantCompare", [2780, 620], [520, 900], { ...sampling, prompts: 4, seeds: 1, seed: 7, filename_prefix: prefix }],
+    ["compare", "CalibQuantCompare", [2780, 620], [520, 1300], { ...sampling, prompts: 4, seeds: 1, seed: 7, filename_prefix: prefix }],
     ["clip", encoder[0], [500, 1370], [360, 150], encoder[1]],
     ["encode", "CalibQuantPromptSet", [1000, 1370], [400, 300], { name: set }],
     ...(negative ? [["encodeNegative", "CalibQuantPromptSet", [1000, 1730], [400, 300], { name: avoid, prompts: negative }]] : []),
@@ -95,7 +95,7 @@ export function calibrated({ note, prefix, loader: [type, widget, file], encoder
   const groups = [
     ["Calibrate, plan, save", COLOUR.work, [980, 0, 1740, 540]],
     ["The 16-bit model, prompts", COLOUR.shared, [480, 540, 400, 690]],
-    ["How close is it?", COLOUR.quantized, [2760, 540, 560, 1000]],
+    ["How close is it?", COLOUR.quantized, [2760, 540, 560, 1400]],
     ["Once: unmute these (Ctrl+M), queue, mute them again", COLOUR.original, [480, 1290, 940, negative ? 760 : 400]],
   ];
   const muted = ["clip", "encode", ...(negative ? ["encodeNegative"] : [])];

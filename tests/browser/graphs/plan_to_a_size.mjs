@@ -11,16 +11,16 @@ The calibration ships with the pack; your own comes from **Calibrate** or **Moni
 
 const NODES = [
   ["note", "MarkdownNote", [40, 80], [400, 320], { text: NOTE }],
-  ["large", "UNETLoader", [500, 1120], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["large", "UNETLoader", [500, 1420], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
-  ["prompts", "CalibQuantLoadPromptSet", [500, 1290], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["vae", "VAELoader", [500, 1460], [360, 70], VAE],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 1590], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [500, 1760], [360, 70], VAE],
   ["sensitivity", "CalibQuantSensitivity", [1000, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
-  ["plan", "CalibQuantPlan", [1420, 80], [640, 900],
+  ["plan", "CalibQuantPlan", [1420, 80], [640, 1200],
     { model_name: MODEL, strategy: "bits", "strategy.bits": 5.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
   ["save", "CalibQuantQuantize", [2120, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
   ["small", "UNETLoader", [2580, 80], [360, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [3000, 1120], [520, 1100], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
+  ["compare", "CalibQuantCompare", [3000, 1420], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
 ];
 const LINKS = [
   ["large", 0, "sensitivity", "model"],
@@ -36,11 +36,11 @@ const LINKS = [
 ];
 const GROUPS = [
   ["The shipped calibration", COLOUR.shared, [480, 0, 400, 240]],
-  ["Model, prompts", COLOUR.shared, [480, 1040, 400, 510]],
-  ["What is each layer worth?", COLOUR.work, [980, 0, 400, 1020]],
-  ["Plan and edit", COLOUR.work, [1400, 0, 680, 1020]],
+  ["Model, prompts", COLOUR.shared, [480, 1340, 400, 510]],
+  ["What is each layer worth?", COLOUR.work, [980, 0, 400, 1320]],
+  ["Plan and edit", COLOUR.work, [1400, 0, 680, 1320]],
   ["Save, load", COLOUR.work, [2100, 0, 860, 560]],
-  ["How close is it?", COLOUR.quantized, [2980, 1040, 560, 1220]],
+  ["How close is it?", COLOUR.quantized, [2980, 1340, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -16,7 +16,7 @@ const NODES = [
   ["large", "UNETLoader", [960, 240], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["prompts", "CalibQuantLoadPromptSet", [960, 470], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
   ["vae", "VAELoader", [960, 640], [360, 70], VAE],
-  ["compare", "CalibQuantCompare", [1380, 80], [520, 1100], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits" }],
+  ["compare", "CalibQuantCompare", [1380, 80], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits" }],
 ];
 const LINKS = [
   ["easy", 0, "small", "unet_name"],
@@ -29,7 +29,7 @@ const GROUPS = [
   ["Make it small", COLOUR.work, [480, 0, 440, 520]],
   ["Both models, by the stock loader", COLOUR.original, [940, 0, 400, 370]],
   ["What to draw", COLOUR.shared, [940, 390, 400, 340]],
-  ["How close is it?", COLOUR.quantized, [1360, 0, 560, 1220]],
+  ["How close is it?", COLOUR.quantized, [1360, 0, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -12,10 +12,10 @@ const NODES = [
   ["note", "MarkdownNote", [40, 80], [400, 280], { text: NOTE }],
   ["unet", "UNETLoader", [1440, 420], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
-  ["plan", "CalibQuantPlan", [920, 80], [460, 900],
+  ["plan", "CalibQuantPlan", [920, 80], [460, 1200],
     { model_name: MODEL, strategy: "bits", "strategy.bits": 6.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
   ["prompts", "CalibQuantLoadPromptSet", [1440, 590], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["refine", "CalibQuantRefinePlan", [1880, 80], [440, 640],
+  ["refine", "CalibQuantRefinePlan", [1880, 80], [440, 1200],
     { ...SAMPLING, samples: 10, seed: 2000, minutes: 10, measure_controls: true }],
   ["save", "CalibQuantQuantize", [2380, 80], [400, 420], { filename_prefix: "calibquant/digits_refined", verify: true }],
 ];
@@ -28,9 +28,9 @@ const LINKS = [
 ];
 const GROUPS = [
   ["The shipped calibration", COLOUR.shared, [480, 0, 400, 240]],
-  ["Plan for a size", COLOUR.work, [900, 0, 500, 1020]],
+  ["Plan for a size", COLOUR.work, [900, 0, 500, 1500]],
   ["Model, prompts", COLOUR.shared, [1420, 340, 400, 400]],
-  ["Try it, and plan again", COLOUR.quantized, [1860, 0, 480, 1020]],
+  ["Try it, and plan again", COLOUR.quantized, [1860, 0, 480, 1500]],
   ["Save", COLOUR.work, [2360, 0, 440, 560]],
 ];
 
