@@ -28,7 +28,7 @@ const LINKS = [
 ];
 
 const GROUPS = [
-  ["Quantize", COLOUR.work, [480, 0, 880, 500]],
+  ["Quantize", COLOUR.work, [480, 0, 880, 700]],
   ["Prompt, size, seed: the same for both", COLOUR.shared, [1820, 460, 860, 560]],
   ["The quantized file, by the stock loader", COLOUR.quantized, [1400, 0, 2300, 420]],
   ["The 16-bit model", COLOUR.original, [1400, 1080, 2300, 420]],

@@ -38,7 +38,7 @@ const LINKS = [
   ...pictured("both", "both.unet"), ...pictured("stock", "stock.lora"), ...pictured("large", "large.unet"),
 ];
 const GROUPS = [
-  ["Quantize with a split", COLOUR.work, [480, 0, 1440, 500]],
+  ["Quantize with a split", COLOUR.work, [480, 0, 1440, 700]],
   ["Prompt, size, seed: the same for all", COLOUR.shared, [2420, 460, 860, 560]],
   ["Both files, by Load Split Model", COLOUR.quantized, [2000, 0, 2300, 420]],
   ["Both files, by two stock nodes", COLOUR.quantized, [2000, 1080, 2300, 420]],
