@@ -465,13 +465,13 @@ def test_prompts_come_from_a_file(pack: dict[str, Any], comfy: Path, monkeypatch
 
 @pytest.mark.core
 def test_the_workflow_compares_what_it_saved(server: Server) -> None:
-    graph = json.loads((models.ROOT / "workflows" / "api" / "compare_demo.json").read_text("utf-8"))
+    graph = json.loads((models.ROOT / "workflows" / "api" / "quantize_and_compare.json").read_text("utf-8"))
     (node,) = (name for name, one in graph.items() if one["class_type"] == "CalibQuantCompare")
     graph[node]["inputs"] |= {"prompts": 2, "steps": STEPS}
     output = server.post(graph)["outputs"][node]
     (found,), (text,) = output["calibquant_compare"], output["text"]
     assert text.splitlines()[0] == found["verdict"] and "saved as output/comparisons/digits_00001_.md" in text
-    assert (found["source"], found["recipe"], found["architecture"]) == (MODEL, "nvfp4", "wan")
+    assert (found["source"], found["recipe"], found["architecture"]) == (MODEL, "bits 5.5", "wan")
     saved = server.output_dir / "diffusion_models" / "calibquant" / found["output"]
     assert (found["bytes_before"], found["bytes_after"]) == (DEMO.stat().st_size, saved.stat().st_size)
     folder = server.output_dir / "comparisons"

@@ -254,7 +254,7 @@ def test_the_node_refines_and_a_cancel_leaves_nothing_behind(
     refined, text = done.result
     (data,) = done.ui["calibquant_refined"]
     assert done.ui["text"] == (text,) and untouched(model)
-    assert data["samples"] == 2 and len(data["blocks"]) == 6 and refined.seen is made.seen
+    assert data["samples"] == 2 and len(data["blocks"]) == 6 and refined.seen is made.seen and refined.path == made.path
     assert refined.predicted["sampled"] == min(data["before"], data["after"] or 1) > 1e-5
     assert refined.predicted["bits"] <= 6.0 and all(c["measured"] > 0 for c in refined.predicted["controls"])
     assert "measured error of the final latent" in text and "6 of 6 blocks were measured alone" in text

@@ -25,9 +25,10 @@ CHECKPOINTS = "checkpoints/"  # how an all-in-one checkpoint is told from a diff
 
 
 def register_folders() -> None:
-    """Make the demo model, its VAE and its prompts selectable in the stock loaders without copying."""
+    """Make the demo model, its VAE, LoRA and prompts selectable in the stock loaders without copying."""
     folder_paths.add_model_folder_path("diffusion_models", str(PACK / "workflows" / "models"))
     folder_paths.add_model_folder_path("vae", str(PACK / "workflows" / "vae"))
+    folder_paths.add_model_folder_path("loras", str(PACK / "workflows" / "loras"))
     _register(PROMPT_SETS, "promptsets")
     _register(CALIBRATIONS, "calibrations")
 

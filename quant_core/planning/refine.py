@@ -233,7 +233,7 @@ def _again(source: Source, plan: Plan, blocks: list[Block]) -> Plan:
         probed=asked.probed,
         scale=scale,
     )
-    return replace(made, seen=plan.seen)
+    return replace(made, path=plan.path, seen=plan.seen)
 
 
 def _moved(plan: Plan, again: Plan) -> dict[str, tuple[LayerPlan, LayerPlan]]:

@@ -2,7 +2,7 @@
 //
 //     node tests/browser/make_workflows.mjs URL_OF_A_COMFYUI_SERVER_WITH_THIS_PACK [NAME…]
 //
-// Environment: see page.mjs. One file of graphs/ each; parts.mjs says how they are written.
+// Environment: see page.mjs; SHOTS, a folder for a large picture of each graph, to look at. One file of graphs/ each; parts.mjs says how they are written.
 import { mkdirSync, readdirSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -12,7 +12,7 @@ const HERE = dirname(fileURLToPath(import.meta.url));
 const WORKFLOWS = join(HERE, "..", "..", "workflows");
 const DIGITS = 10;
 
-function build({ nodes, links, groups }) {
+function build({ nodes, links, groups, muted = [] }) {
   const { app, LiteGraph, LGraphGroup } = window;
   app.graph.clear();
   const made = {};
@@ -28,6 +28,7 @@ function build({ nodes, links, groups }) {
     node.pos = pos;
     const least = node.computeSize();
     node.setSize([size[0], Math.max(size[1], least[1])]);
+    if (muted.includes(key)) node.mode = 2; // never runs
     made[key] = node;
   }
   for (const [from, output, to, input] of links) {
@@ -76,20 +77,50 @@ async function contactSheet(page, url, output, graph) {
   await sheet.close();
 }
 
-/** The graph after a run, above what its Save node says. */
-async function graphPicture(page, url, output) {
-  const { outputs } = await queueAndWait(page, url);
-  const text = Object.values(outputs).flatMap((o) => o.text ?? []).find((t) => t.includes(".safetensors\n"));
-  await page.keyboard.press("Escape"); // the template browser may have opened late
-  await fit(page);
-  const graph = (await page.screenshot({ clip: { x: 60, y: 60, width: 1840, height: 1000 } })).toString("base64");
+/** A square picture: an image, shown from its top, above lines of text. */
+async function card(page, output, image, height, lines, size) {
   const sheet = await page.context().browser().newPage();
-  await sheet.setViewportSize({ width: 400, height: 400 }); // template cards are square
-  const lines = text.split("\n").slice(1, 5).map((line) => `<p>${line}</p>`).join("");
-  await sheet.setContent(`<style>body{margin:0;background:#1d1f24;color:#ddd;font:600 15px/21px sans-serif}p{margin:8px 16px}
-    img{width:400px;height:217px;margin:12px 0}</style><img src="data:image/png;base64,${graph}">${lines}`);
+  await sheet.setViewportSize({ width: 400, height: 400 }); // as template cards are
+  const text = lines.map((line) => `<p>${line.replaceAll("&", "&amp;").replaceAll("<", "&lt;")}</p>`).join("");
+  await sheet.setContent(`<style>body{margin:0;background:#1d1f24;color:#ddd;font:600 ${size}px/1.35 sans-serif}p{margin:8px 16px}
+    img{width:400px;height:${height}px;object-fit:${lines.length ? "contain" : "cover"};object-position:top;margin-bottom:8px;display:block}</style><img src="${image}">${text}`);
   await sheet.screenshot({ path: output, type: "jpeg", quality: 80 });
   await sheet.close();
+}
+
+/** The nodes and groups, and nothing of the page around them. */
+async function graphShot(page) {
+  await page.keyboard.press("Escape"); // the template browser may have opened late
+  await fit(page);
+  const clip = await page.evaluate(() => {
+    const { graph, canvas } = window.app;
+    const boxes = [...graph.nodes, ...graph.groups].map((one) => [...one.pos, one.pos[0] + one.size[0], one.pos[1] + one.size[1]]);
+    const edge = (i, pick) => (pick(...boxes.map((box) => box[i])) + canvas.ds.offset[i % 2]) * canvas.ds.scale;
+    const [x, y] = [edge(0, Math.min) - 8, edge(1, Math.min) - 8];
+    const frame = canvas.canvas.getBoundingClientRect();
+    return { x: x + frame.x, y: y + frame.y, width: edge(2, Math.max) + 8 - x, height: edge(3, Math.max) + 8 - y };
+  });
+  const shot = await page.screenshot({ clip });
+  return `data:image/png;base64,${shot.toString("base64")}`;
+}
+
+/** What a run tells: the pictures of a comparison, or the graph, above what its last node says. */
+async function picture(page, url, output, graph) {
+  if (graph.says) return card(page, output, await graphShot(page), 217, graph.says, 26);
+  const outputs = Object.values((await queueAndWait(page, url)).outputs);
+  const compared = outputs.find((o) => o.calibquant_compare);
+  if (compared) return card(page, output, await dataUrl(url, compared.images[0]), 400, [], 0); // it begins with the verdict
+  const texts = outputs.flatMap((o) => o.text ?? []);
+  const text = texts.find((t) => t.includes(".safetensors\n")) ?? texts.at(-1);
+  return card(page, output, await graphShot(page), 217, text.split("\n").slice(text.includes(".safetensors\n") ? 1 : 0).slice(0, 4), 15);
+}
+
+async function largeShot(page, path) {
+  const before = page.viewportSize();
+  await page.setViewportSize({ width: 3200, height: 1600 });
+  await fit(page);
+  await page.screenshot({ path });
+  await page.setViewportSize(before);
 }
 
 const [url, ...wanted] = process.argv.slice(2);
@@ -105,8 +136,9 @@ try {
     const { workflow, output } = await page.evaluate(() => window.app.graphToPrompt());
     writeFileSync(join(WORKFLOWS, `${name}.json`), json(workflow));
     writeFileSync(join(WORKFLOWS, "api", `${name}.json`), json(output));
-    const thumbnail = graph.thumbnail === "digits" ? contactSheet : graphPicture;
+    const thumbnail = graph.thumbnail === "digits" ? contactSheet : picture;
     await thumbnail(page, url, join(WORKFLOWS, `${name}.jpg`), graph);
+    if (process.env.SHOTS) await largeShot(page, join(process.env.SHOTS, `flow_${name}.png`));
   }
 } finally {
   await browser.close();

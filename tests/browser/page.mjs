@@ -7,7 +7,7 @@ import { join } from "node:path";
 
 export const MODEL = "calibquant_digits_wan.safetensors";
 const START_MS = 120_000; // 5 s on a quiet machine
-const PROMPT_MS = 180_000;
+const PROMPT_MS = 600_000;
 const MIN_NODE_TYPES = 50; // fewer are registered only while the page still loads
 
 export async function openPage(url, { vue = false, width = 1920, height = 1080 } = {}) {

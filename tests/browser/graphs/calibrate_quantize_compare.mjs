@@ -11,15 +11,14 @@ are plenty. Add **Save Calibration** behind **Calibrate** to keep it.`;
 
 const NODES = [
   ["note", "MarkdownNote", [40, 80], [400, 420], { text: NOTE }],
-  ["large", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
-  ["prompts", "CalibQuantLoadPromptSet", [500, 240], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["vae", "VAELoader", [500, 420], [360, 70], VAE],
-  ["calibrate", "CalibQuantCalibrate", [920, 80], [360, 420], { ...SAMPLING, samples: 20, seed: 2000, rows: 512 }],
-  ["plan", "CalibQuantPlan", [1340, 80], [380, 420], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
-  ["save", "CalibQuantQuantize", [1780, 80], [400, 420], { filename_prefix: "calibquant/digits_calibrated", verify: true }],
-  ["small", "UNETLoader", [920, 700], [360, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [1340, 700], [400, 520], { ...SAMPLING, prompts: 10, seeds: 1, seed: 7 }],
-  ["sheet", "PreviewImage", [1800, 700], [520, 700], {}],
+  ["large", "UNETLoader", [500, 620], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 790], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [500, 960], [360, 70], VAE],
+  ["calibrate", "CalibQuantCalibrate", [1000, 80], [360, 420], { ...SAMPLING, samples: 20, seed: 2000, rows: 512 }],
+  ["plan", "CalibQuantPlan", [1420, 80], [380, 420], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
+  ["save", "CalibQuantQuantize", [1860, 80], [400, 420], { filename_prefix: "calibquant/digits_calibrated", verify: true }],
+  ["small", "UNETLoader", [2320, 80], [360, 90], { weight_dtype: "default" }],
+  ["compare", "CalibQuantCompare", [2760, 620], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_calibrated" }],
 ];
 const LINKS = [
   ["large", 0, "calibrate", "model"],
@@ -31,12 +30,11 @@ const LINKS = [
   ["small", 0, "compare", "model_b"],
   ["prompts", 0, "compare", "conditioning"],
   ["vae", 0, "compare", "vae"],
-  ["compare", 0, "sheet", "images"],
 ];
 const GROUPS = [
-  ["The 16-bit model, prompts", COLOUR.shared, [480, 0, 400, 510]],
-  ["Calibrate, plan, save", COLOUR.work, [900, 0, 1300, 580]],
-  ["The same prompts, other seeds, both models", COLOUR.quantized, [900, 620, 1440, 800]],
+  ["The 16-bit model, prompts", COLOUR.shared, [480, 540, 400, 510]],
+  ["Calibrate, plan, save", COLOUR.work, [980, 0, 1720, 560]],
+  ["The same prompts, other seeds, both models", COLOUR.quantized, [2740, 540, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

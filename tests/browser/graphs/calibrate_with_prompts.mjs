@@ -1,4 +1,4 @@
-import { MODEL, PROMPTS } from "./parts.mjs";
+import { COLOUR, MODEL, PROMPTS } from "./parts.mjs";
 
 const NOTE = `# What does each layer see?
 
@@ -11,7 +11,7 @@ ship with the pack), and set steps, cfg, sampler and size as you use the model. 
 A cancel keeps what finished samples gave, below \`output/calibrations/unfinished\`.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 380], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 300], { text: NOTE }],
   ["unet", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["prompts", "CalibQuantLoadPromptSet", [500, 250], [360, 110], PROMPTS],
   ["calibrate", "CalibQuantCalibrate", [920, 80], [360, 420],
@@ -25,4 +25,9 @@ const LINKS = [
   ["calibrate", 0, "save", "calibration"],
 ];
 
-export default { nodes: NODES, links: LINKS, groups: [] };
+const GROUPS = [
+  ["The 16-bit model, prompts", COLOUR.shared, [480, 0, 400, 580]],
+  ["Calibrate and keep it", COLOUR.work, [900, 0, 860, 580]],
+];
+
+export default { nodes: NODES, links: LINKS, groups: GROUPS };

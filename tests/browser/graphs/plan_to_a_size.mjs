@@ -10,18 +10,17 @@ card. Drag the slider along the curve; click layers in the map and set a format;
 The calibration ships with the pack; your own comes from **Calibrate** or **Monitor Calibration**.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
-  ["large", "UNETLoader", [500, 80], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
-  ["calibration", "CalibQuantLoadCalibration", [500, 240], [360, 110], { calibration_name: CALIBRATION }],
-  ["prompts", "CalibQuantLoadPromptSet", [500, 420], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["vae", "VAELoader", [500, 600], [360, 70], VAE],
-  ["sensitivity", "CalibQuantSensitivity", [920, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
-  ["plan", "CalibQuantPlan", [1340, 80], [640, 900],
+  ["note", "MarkdownNote", [40, 80], [400, 320], { text: NOTE }],
+  ["large", "UNETLoader", [500, 1420], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
+  ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
+  ["prompts", "CalibQuantLoadPromptSet", [500, 1590], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [500, 1760], [360, 70], VAE],
+  ["sensitivity", "CalibQuantSensitivity", [1000, 80], [360, 520], { ...SAMPLING, samples: 5, seed: 3000 }],
+  ["plan", "CalibQuantPlan", [1420, 80], [640, 1200],
     { model_name: MODEL, strategy: "bits", "strategy.bits": 5.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
-  ["save", "CalibQuantQuantize", [2040, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
-  ["small", "UNETLoader", [2040, 800], [400, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [2500, 80], [400, 520], { ...SAMPLING, prompts: 10, seeds: 1, seed: 7 }],
-  ["sheet", "PreviewImage", [2960, 80], [520, 700], {}],
+  ["save", "CalibQuantQuantize", [2120, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
+  ["small", "UNETLoader", [2580, 80], [360, 90], { weight_dtype: "default" }],
+  ["compare", "CalibQuantCompare", [3000, 1420], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
 ];
 const LINKS = [
   ["large", 0, "sensitivity", "model"],
@@ -34,14 +33,14 @@ const LINKS = [
   ["small", 0, "compare", "model_b"],
   ["prompts", 0, "compare", "conditioning"],
   ["vae", 0, "compare", "vae"],
-  ["compare", 0, "sheet", "images"],
 ];
 const GROUPS = [
-  ["Model, calibration, prompts", COLOUR.shared, [480, 0, 400, 690]],
-  ["What is each layer worth?", COLOUR.work, [900, 0, 400, 690]],
-  ["Plan and edit", COLOUR.work, [1320, 0, 680, 1200]],
-  ["Save", COLOUR.work, [2020, 0, 440, 920]],
-  ["How close is it?", COLOUR.quantized, [2480, 0, 1020, 920]],
+  ["The shipped calibration", COLOUR.shared, [480, 0, 400, 240]],
+  ["Model, prompts", COLOUR.shared, [480, 1340, 400, 510]],
+  ["What is each layer worth?", COLOUR.work, [980, 0, 400, 1320]],
+  ["Plan and edit", COLOUR.work, [1400, 0, 680, 1320]],
+  ["Save, load", COLOUR.work, [2100, 0, 860, 560]],
+  ["How close is it?", COLOUR.quantized, [2980, 1340, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

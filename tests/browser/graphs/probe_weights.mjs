@@ -11,7 +11,7 @@ The plan beside it keeps the quarter of the layers that lose most in NVFP4 in 16
 Weights tell which format is fit, not which layer matters: a calibration with sensitivities does (*plan_to_a_size*).`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 380], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 300], { text: NOTE }],
   ["probe", "CalibQuantProbe", [500, 80], [620, 700], { model_name: MODEL }],
   ["plan", "CalibQuantPlan", [1180, 80], [620, 500],
     { model_name: MODEL, strategy: "keep_ratio", "strategy.ratio": 0.25, "strategy.base": "nvfp4" }],

@@ -10,14 +10,13 @@ const NOTE = `# Small, and how close?
 encoder (**Encode Prompt Set**) and its VAE.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 420], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 320], { text: NOTE }],
   ["easy", "CalibQuantEasy", [500, 80], [400, 300], { model_name: MODEL, card: "RTX 50" }],
   ["small", "UNETLoader", [960, 80], [360, 90], { weight_dtype: "default" }],
   ["large", "UNETLoader", [960, 240], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
-  ["prompts", "CalibQuantLoadPromptSet", [960, 400], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
-  ["vae", "VAELoader", [960, 580], [360, 70], VAE],
-  ["compare", "CalibQuantCompare", [1380, 80], [400, 520], { ...SAMPLING, prompts: 10, seeds: 1, seed: 7 }],
-  ["sheet", "PreviewImage", [1840, 80], [520, 700], {}],
+  ["prompts", "CalibQuantLoadPromptSet", [960, 470], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
+  ["vae", "VAELoader", [960, 640], [360, 70], VAE],
+  ["compare", "CalibQuantCompare", [1380, 80], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits" }],
 ];
 const LINKS = [
   ["easy", 0, "small", "unet_name"],
@@ -25,13 +24,12 @@ const LINKS = [
   ["small", 0, "compare", "model_b"],
   ["prompts", 0, "compare", "conditioning"],
   ["vae", 0, "compare", "vae"],
-  ["compare", 0, "sheet", "images"],
 ];
 const GROUPS = [
   ["Make it small", COLOUR.work, [480, 0, 440, 520]],
-  ["Both models, by the stock loader", COLOUR.original, [940, 0, 400, 350]],
-  ["What to draw", COLOUR.shared, [940, 360, 400, 310]],
-  ["How close is it?", COLOUR.quantized, [1360, 0, 1020, 820]],
+  ["Both models, by the stock loader", COLOUR.original, [940, 0, 400, 370]],
+  ["What to draw", COLOUR.shared, [940, 390, 400, 340]],
+  ["How close is it?", COLOUR.quantized, [1360, 0, 560, 1520]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };

@@ -1,4 +1,4 @@
-import { MODEL, pictured, row, shared } from "./parts.mjs";
+import { COLOUR, MODEL, pictured, row, shared } from "./parts.mjs";
 
 const NOTE = `# One model in, one small file out
 
@@ -12,13 +12,13 @@ The digit is the \`index\` of **Load Prompt Set**.
 *For your own model*: choose its file in both nodes of step 1 and 2, and sample with the text encoder and VAE it needs.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 80], [400, 340], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 400], { text: NOTE }],
   ["plan", "CalibQuantPlan", [500, 80], [360, 190], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
   ["save", "CalibQuantQuantize", [920, 80], [400, 300],
     { model_name: MODEL, filename_prefix: "calibquant/digits", verify: true }],
-  ...shared(40, 620),
-  ...row("small", 620),
-  ...row("large", 1010),
+  ...shared(1420, 540),
+  ...row("small", 1420, 80),
+  ...row("large", 1420, 1160),
 ];
 
 const LINKS = [
@@ -28,10 +28,10 @@ const LINKS = [
 ];
 
 const GROUPS = [
-  ["Quantize", "#3f789e", [480, 0, 880, 500]],
-  ["Prompt, size, seed: the same for both", "#b58b2a", [20, 540, 440, 760]],
-  ["The quantized file, by the stock loader", "#88A", [480, 540, 1440, 390]],
-  ["The 16-bit model", "#8A8", [480, 940, 1440, 390]],
+  ["Quantize", COLOUR.work, [480, 0, 880, 700]],
+  ["Prompt, size, seed: the same for both", COLOUR.shared, [1820, 460, 860, 560]],
+  ["The quantized file, by the stock loader", COLOUR.quantized, [1400, 0, 2300, 420]],
+  ["The 16-bit model", COLOUR.original, [1400, 1080, 2300, 420]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS, thumbnail: "digits" };

@@ -1,4 +1,4 @@
-import { CALIBRATION, MODEL, pictured, row, shared } from "./parts.mjs";
+import { CALIBRATION, COLOUR, MODEL, pictured, row, shared } from "./parts.mjs";
 
 const NOTE = `# Below the floor of 4-bit inputs: a split
 
@@ -14,18 +14,19 @@ follow (it would replace the branch), and never take an ordinary LoRA loader for
 All rows use the same seed.`;
 
 const NODES = [
-  ["note", "MarkdownNote", [40, 0], [400, 500], { text: NOTE }],
+  ["note", "MarkdownNote", [40, 80], [400, 500], { text: NOTE }],
   ["calibration", "CalibQuantLoadCalibration", [500, 80], [360, 110], { calibration_name: CALIBRATION }],
   ["plan", "CalibQuantPlan", [920, 80], [360, 400],
     { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4", split: "16" }],
   ["save", "CalibQuantQuantize", [1340, 80], [560, 400],
     { model_name: MODEL, filename_prefix: "calibquant/digits", verify: true }],
-  ...shared(40, 620),
-  ...row("both", 620).filter(([key]) => key !== "both.unet"),
-  ["both.unet", "CalibQuantLoadSplit", [500, 620], [360, 90], {}],
-  ...row("stock", 1010),
-  ["stock.lora", "LoraLoaderBypassModelOnly", [500, 1150], [360, 110], { strength_model: 1 }],
-  ...row("large", 1400),
+  ...shared(2020, 540),
+  ...row("both", 2020, 80).filter(([key]) => key !== "both.unet"),
+  ["both.unet", "CalibQuantLoadSplit", [2020, 80], [360, 90], {}],
+  ...row("stock", 2020, 1160).filter(([key]) => key !== "stock.unet"),
+  ["stock.unet", "UNETLoader", [2020, 1310], [360, 90], { weight_dtype: "default" }],
+  ["stock.lora", "LoraLoaderBypassModelOnly", [2440, 1160], [360, 110], { strength_model: 1 }],
+  ...row("large", 2020, 1620),
 ];
 const LINKS = [
   ["calibration", 0, "plan", "calibration"],
@@ -37,11 +38,11 @@ const LINKS = [
   ...pictured("both", "both.unet"), ...pictured("stock", "stock.lora"), ...pictured("large", "large.unet"),
 ];
 const GROUPS = [
-  ["Quantize with a split", "#3f789e", [480, 0, 1440, 500]],
-  ["Prompt, size, seed: the same for all", "#b58b2a", [20, 540, 440, 760]],
-  ["Both files, by Load Split Model", "#88A", [480, 540, 1440, 390]],
-  ["Both files, by two stock nodes", "#88A", [480, 940, 1440, 380]],
-  ["The 16-bit model", "#8A8", [480, 1330, 1440, 390]],
+  ["Quantize with a split", COLOUR.work, [480, 0, 1440, 700]],
+  ["Prompt, size, seed: the same for all", COLOUR.shared, [2420, 460, 860, 560]],
+  ["Both files, by Load Split Model", COLOUR.quantized, [2000, 0, 2300, 420]],
+  ["Both files, by two stock nodes", COLOUR.quantized, [2000, 1080, 2300, 420]],
+  ["The 16-bit model", COLOUR.original, [2000, 1540, 2300, 420]],
 ];
 
 export default { nodes: NODES, links: LINKS, groups: GROUPS };
