@@ -173,7 +173,7 @@ def _way(source: Source, card: Card, calibration: Calibration | None, readable: 
                 f"this ComfyUI cannot load {unread[0].title}, which needs {unread[0].core_needed()}: update it"
             )
         elif way.needs not in has:
-            notes.append(f"with {way.needs} linked: {way.why}")
+            notes.append(f"better with {way.needs} linked: {way.why}")
         else:
             return way, notes
     raise AssertionError("the last way of a card needs nothing")

@@ -17,6 +17,7 @@ async function openTemplate(page, name) {
   await page.evaluate(() => window.app.extensionManager.command.execute("Comfy.BrowseTemplates"));
   const dialog = page.getByRole("dialog");
   await dialog.getByText(PACK, { exact: true }).click();
+  await dialog.getByPlaceholder("Search ...").fill(TITLE); // the server lists them in no order, the page draws those in view
   const card = dialog.getByAltText(TITLE, { exact: true }).first();
   await card.waitFor();
   await page.waitForTimeout(500);
