@@ -29,7 +29,7 @@ const LINKS = [
   ["vae", 0, "compare", "vae"],
 ];
 const GROUPS = [
-  ["What its layers see", COLOUR.shared, [20, 490, 440, 200]],
+  ["What its layers see", COLOUR.shared, [20, 470, 440, 300]],
   ["Make it small", COLOUR.work, [480, 0, 440, 690]],
   ["Both models, by the stock loader", COLOUR.original, [940, 0, 400, 370]],
   ["What to draw", COLOUR.shared, [940, 390, 400, 340]],
