@@ -45,7 +45,8 @@ STALLED = ("-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=20")
 
 COMMANDS = {  # command: (extra to install, arguments of the virtual environment's python)
     "demo": ("metrics", ["-m", "quant_core.cli", "demo"]),
-    "test": ("test,metrics", ["-m", "pytest"]),
+    # Two workers, a file of tests each at a time: files share a ComfyUI server, and few machines have room for many.
+    "test": ("test,metrics", ["-m", "pytest", "-n", "2", "--dist", "loadfile"]),
 }
 ON_A_NEWER_CORE = ["-m", "core and not wide"]  # pytest: the tests that another core can change, but the long ones
 INTERRUPTED, NO_TESTS = 2, 5  # exit codes of pytest
@@ -250,6 +251,8 @@ def run(command: str, where: Environment, arguments: list[str]) -> int:
     """Install what the command needs and run it there; its exit code."""
     ensure_installed(where, command)
     variables = dict(os.environ)
+    if command == "test":
+        variables.setdefault("OMP_NUM_THREADS", "1")  # or the workers' threads stand in each other's way
     if where.comfyui:
         variables["COMFYUI_PATH"] = str(where.comfyui)
         # The tests look after this themselves; the demo starts ComfyUI code in processes of its own.
