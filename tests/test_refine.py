@@ -290,7 +290,7 @@ def test_a_model_that_the_plan_is_not_for_is_refused(pack: dict[str, Any], model
         execute(node, model=nameless, plan=made, **inputs)
     bypassed = model.clone()
     bypassed.set_injections("bypass_lora", [])
-    with pytest.raises(Exception, match="the linked MODEL has a bypass LoRA"):
+    with pytest.raises(Exception, match="the linked MODEL runs a bypass LoRA"):
         execute(node, model=bypassed, plan=made, **inputs)
     loaded = plan.from_json(made.to_json())
     with pytest.raises(Exception, match="does not hold what it was made of"):

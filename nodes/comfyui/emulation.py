@@ -19,10 +19,8 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 def with_layers(model: Any, layers: Mapping[str, Layer]) -> Any:
     """A clone of the MODEL that samples with these in the place of its Linears; named by their place in the model.
 
-    CalibQuantError for a MODEL with bypass LoRAs, whose place they would take, and for a layer that it does not have.
+    CalibQuantError for a layer that the MODEL does not have. It must have no injections, whose place they would take.
     """
-    if model.injections:
-        raise CalibQuantError("the linked MODEL has a bypass LoRA, which no file holds: load it with Load LoRA instead")
     if unknown := sorted(layers.keys() - dict(linears(model.model.diffusion_model)).keys()):
         raise CalibQuantError(f"the linked MODEL has no layer {unknown[0]}: load it from the file that the plan is for")
 
