@@ -46,7 +46,7 @@ from synthetic import weight as heavy_tailed  # noqa: E402
 
 from bootstrap import NEWER, Environment  # noqa: E402
 from quant_core.demo import digits  # noqa: E402
-from quant_core.demo.run import ssim  # noqa: E402
+from quant_core.demo.results import ssim  # noqa: E402
 from quant_core.evidence import calibration  # noqa: E402
 from quant_core.evidence.collector import Collector  # noqa: E402
 from quant_core.locate import find_newer_comfyui  # noqa: E402
