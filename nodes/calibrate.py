@@ -87,16 +87,10 @@ class CalibQuantCalibrate(io.ComfyNode):
             search_aliases=["calibration", "activations", "statistics"],
             inputs=[
                 io.Model.Input("model", tooltip="The 16-bit model you want to quantize, with or without LoRAs."),
-                io.MultiType.Input(
-                    "conditioning",
-                    types=[ConditioningSetType, io.Conditioning],
-                    tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
-                ),
+                prompts_input(),
                 *sampling_inputs(32),
                 _rows_input(),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
-                ),
+                negative_input(),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip="What all samples together showed.")],
             hidden=[io.Hidden.unique_id],
@@ -152,6 +146,20 @@ def sampling_inputs(samples: int) -> list[Any]:
             "Seed of the first sample; the next ones count up. Avoid the seeds you will compare models with."
         ),
     ]
+
+
+def prompts_input() -> Any:
+    return io.MultiType.Input(
+        "conditioning",
+        types=[ConditioningSetType, io.Conditioning],
+        tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
+    )
+
+
+def negative_input() -> Any:
+    return io.Conditioning.Input(
+        "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
+    )
 
 
 def sampler_inputs(seed: str) -> list[Any]:

@@ -19,10 +19,10 @@ from ..quant_core.files.markers import provenance
 from ..quant_core.reports import likeness as reports
 from ..quant_core.reports import sheet
 from ..quant_core.reports.likeness import Comparison, Likeness, Picture
-from .calibrate import Clock, Job, check_negative, prompts_of, sampler_inputs
+from .calibrate import Clock, Job, check_negative, negative_input, prompts_input, prompts_of, sampler_inputs
 from .comfyui import comparing, feedback, folders, patches, sampling, written
 from .comfyui.sampling import SamplerSettings
-from .types import CATEGORY, ConditioningSetType
+from .types import CATEGORY
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,11 +45,7 @@ class CalibQuantCompare(io.ComfyNode):
             inputs=[
                 io.Model.Input("model_a", tooltip="The 16-bit original."),
                 io.Model.Input("model_b", tooltip="The quantized copy, with the same shift or LoRA nodes behind it."),
-                io.MultiType.Input(
-                    "conditioning",
-                    types=[ConditioningSetType, io.Conditioning],
-                    tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
-                ),
+                prompts_input(),
                 io.Int.Input("prompts", default=4, min=1, max=4096, tooltip="Of the prompt set, from its first."),
                 io.Int.Input("seeds", default=2, min=1, max=1024, tooltip="Pictures of each prompt."),
                 *sampler_inputs("First seed; the next ones count up. Take others than the calibration's."),
@@ -64,9 +60,7 @@ class CalibQuantCompare(io.ComfyNode):
                     optional=True,
                     tooltip="Decodes the pictures. Without it only latents are compared, and shown in rough colours.",
                 ),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
-                ),
+                negative_input(),
             ],
             outputs=[
                 io.Image.Output("sheet", tooltip="Original, quantized and difference, row by row."),

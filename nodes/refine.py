@@ -19,10 +19,10 @@ from ..quant_core.reports import planned
 from ..quant_core.rounding.choice import AUTO, Rounder
 from ..quant_core.rounding.loaded import Shelf
 from ..quant_core.rounding.pack import pick_device
-from .calibrate import check_negative, jobs_of, sample_all, sampling_inputs
+from .calibrate import check_negative, jobs_of, negative_input, prompts_input, sample_all, sampling_inputs
 from .comfyui import emulation, feedback, patches, sampling
 from .comfyui.sampling import SamplerSettings
-from .types import CATEGORY, ConditioningSetType, PlanType
+from .types import CATEGORY, PlanType
 
 
 class CalibQuantRefinePlan(io.ComfyNode):
@@ -38,11 +38,7 @@ class CalibQuantRefinePlan(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The 16-bit model of the plan, with the LoRAs that will be baked in."),
                 PlanType.Input("plan", tooltip="From Quantization Plan with the strategy size, bits or max_error."),
-                io.MultiType.Input(
-                    "conditioning",
-                    types=[ConditioningSetType, io.Conditioning],
-                    tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
-                ),
+                prompts_input(),
                 *sampling_inputs(8),
                 io.Float.Input(
                     "minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
@@ -54,9 +50,7 @@ class CalibQuantRefinePlan(io.ComfyNode):
                     tooltip="Sample the uniform plan and the published recipe of nearly as many bytes, too, and show "
                     "their measured errors beside the predicted ones.",
                 ),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
-                ),
+                negative_input(),
             ],
             outputs=[
                 PlanType.Output("plan", tooltip="The better of the two plans, for Save Quantized Model."),

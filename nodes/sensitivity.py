@@ -15,12 +15,12 @@ from ..quant_core.evidence import probing, sensitivity
 from ..quant_core.evidence.calibration import POINTS, Calibration
 from ..quant_core.evidence.probing import Meter
 from ..quant_core.files.text import counted
-from .calibrate import Job, check_negative, jobs_of, sample_all, sampling_inputs
+from .calibrate import Job, check_negative, jobs_of, negative_input, prompts_input, sample_all, sampling_inputs
 from .comfyui import feedback, folders, patches, sampling
 from .comfyui import probing as comfyui
 from .comfyui.sampling import SamplerSettings
 from .recorder import IDENTITY, CalibrationHandle
-from .types import CATEGORY, CalibrationType, ConditioningSetType
+from .types import CATEGORY, CalibrationType
 
 
 class CalibQuantSensitivity(io.ComfyNode):
@@ -36,16 +36,10 @@ class CalibQuantSensitivity(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The 16-bit model of the calibration, with the same LoRAs."),
                 CalibrationType.Input("calibration", tooltip="From Calibrate or Load Calibration."),
-                io.MultiType.Input(
-                    "conditioning",
-                    types=[ConditioningSetType, io.Conditioning],
-                    tooltip="A prompt set (Load Prompt Set, Encode Prompt Set), or one prompt's CONDITIONING.",
-                ),
+                prompts_input(),
                 *sampling_inputs(8),
                 *_probing_inputs(),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt; needed unless cfg is 1, which ignores it."
-                ),
+                negative_input(),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip="The calibration with sensitivities.")],
             hidden=[io.Hidden.unique_id],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -111,3 +112,21 @@ def test_no_file_names_a_place_on_one_machine() -> None:
         if path.suffix in {".py", ".md", ".json", ".toml", ".yml", ".yaml", ".js", ".sh"} and path.exists():
             found = home_or_temp.search(path.read_text("utf-8"))
             assert found is None, f"{name}: {found and found.group()}"
+
+
+def test_benchmarks_find_what_they_import() -> None:
+    """No test runs them, so a name that moved would only be missed by whoever wants a figure."""
+    wanted = {
+        (path.name, node.module, alias.name)
+        for path in (models.ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("quant_core")
+        for alias in node.names
+    }
+    assert wanted and [found for found in sorted(wanted) if not _is_there(*found[1:])] == []
+
+
+def _is_there(module: str, name: str) -> bool:
+    """Whether it is a module in this package, or a name in this module."""
+    parent = importlib.import_module(module)
+    return hasattr(parent, name) or (hasattr(parent, "__path__") and bool(importlib.util.find_spec(f"{module}.{name}")))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from ..evidence import likeness
 from ..planning.targets import Target
 from . import digits
 
@@ -44,14 +44,10 @@ class Row:
 
 
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> float | None:
-    """Mean structural similarity (scikit-image, Gaussian window, data range 1); None without scikit-image."""
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError:
+    """Mean structural similarity of pictures [n, H, W] (``likeness``); None where it cannot be measured."""
+    if likeness.why_no_ssim(*images.shape[1:]):
         return None
-    pairs = zip(images.numpy(), reference.numpy(), strict=True)
-    scores = [structural_similarity(a, b, data_range=1.0, gaussian_weights=True) for a, b in pairs]
-    return float(np.mean(scores))
+    return likeness.ssim(images[..., None], reference[..., None])
 
 
 def table(rows: Sequence[Row]) -> str:

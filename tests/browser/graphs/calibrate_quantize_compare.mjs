@@ -1,4 +1,4 @@
-import { COLOUR, MODEL, SAMPLING, VAE } from "./parts.mjs";
+import { COLOUR, COMPARED, comparison, MODEL, SAMPLING, VAE } from "./parts.mjs";
 
 const NOTE = `# As close as 4 bits get
 
@@ -18,7 +18,7 @@ const NODES = [
   ["plan", "CalibQuantPlan", [1420, 80], [380, 420], { model_name: MODEL, strategy: "recipe", "strategy.recipe": "nvfp4" }],
   ["save", "CalibQuantQuantize", [1860, 80], [400, 420], { filename_prefix: "calibquant/digits_calibrated", verify: true }],
   ["small", "UNETLoader", [2320, 80], [360, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [2760, 620], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_calibrated" }],
+  comparison("digits_calibrated", [2760, 620]),
 ];
 const LINKS = [
   ["large", 0, "calibrate", "model"],
@@ -26,10 +26,7 @@ const LINKS = [
   ["calibrate", 0, "plan", "calibration"],
   ["plan", 0, "save", "plan"],
   ["save", 0, "small", "unet_name"],
-  ["large", 0, "compare", "model_a"],
-  ["small", 0, "compare", "model_b"],
-  ["prompts", 0, "compare", "conditioning"],
-  ["vae", 0, "compare", "vae"],
+  ...COMPARED,
 ];
 const GROUPS = [
   ["The 16-bit model, prompts", COLOUR.shared, [480, 540, 400, 510]],

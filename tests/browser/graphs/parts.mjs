@@ -116,3 +116,16 @@ that ship with the pack (write your own instead) and saves them, so that no late
 
 ${more}Another file: choose it in the loader *and* in the plan.`;
 }
+
+/** Both models drawn from the same prompts and seeds. prefix: of the report's files. */
+export function comparison(prefix, at) {
+  return ["compare", "CalibQuantCompare", at, [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: prefix }];
+}
+
+/** Of the nodes large, small, prompts and vae with it. */
+export const COMPARED = [
+  ["large", 0, "compare", "model_a"],
+  ["small", 0, "compare", "model_b"],
+  ["prompts", 0, "compare", "conditioning"],
+  ["vae", 0, "compare", "vae"],
+];

@@ -1,4 +1,4 @@
-import { CALIBRATION, COLOUR, MODEL, SAMPLING, VAE } from "./parts.mjs";
+import { CALIBRATION, COLOUR, COMPARED, comparison, MODEL, SAMPLING, VAE } from "./parts.mjs";
 
 const NOTE = `# The best file of a size you choose
 
@@ -20,7 +20,7 @@ const NODES = [
     { model_name: MODEL, strategy: "bits", "strategy.bits": 5.5, "strategy.gpu": "blackwell", "strategy.formats": "nvfp4,mxfp8,bf16" }],
   ["save", "CalibQuantQuantize", [2120, 80], [400, 420], { filename_prefix: "calibquant/digits_planned", verify: true }],
   ["small", "UNETLoader", [2580, 80], [360, 90], { weight_dtype: "default" }],
-  ["compare", "CalibQuantCompare", [3000, 1420], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits_planned" }],
+  comparison("digits_planned", [3000, 1420]),
 ];
 const LINKS = [
   ["large", 0, "sensitivity", "model"],
@@ -29,10 +29,7 @@ const LINKS = [
   ["sensitivity", 0, "plan", "calibration"],
   ["plan", 0, "save", "plan"],
   ["save", 0, "small", "unet_name"],
-  ["large", 0, "compare", "model_a"],
-  ["small", 0, "compare", "model_b"],
-  ["prompts", 0, "compare", "conditioning"],
-  ["vae", 0, "compare", "vae"],
+  ...COMPARED,
 ];
 const GROUPS = [
   ["The shipped calibration", COLOUR.shared, [480, 0, 400, 240]],

@@ -1,4 +1,4 @@
-import { CALIBRATION, COLOUR, MODEL, SAMPLING, VAE } from "./parts.mjs";
+import { CALIBRATION, COLOUR, COMPARED, comparison, MODEL, VAE } from "./parts.mjs";
 
 const NOTE = `# Small, and how close?
 
@@ -18,15 +18,12 @@ const NODES = [
   ["large", "UNETLoader", [960, 240], [360, 90], { unet_name: MODEL, weight_dtype: "default" }],
   ["prompts", "CalibQuantLoadPromptSet", [960, 470], [360, 110], { prompt_set: "digits.safetensors", index: 0 }],
   ["vae", "VAELoader", [960, 640], [360, 70], VAE],
-  ["compare", "CalibQuantCompare", [1380, 80], [520, 1400], { ...SAMPLING, prompts: 4, seeds: 1, seed: 7, filename_prefix: "digits" }],
+  comparison("digits", [1380, 80]),
 ];
 const LINKS = [
   ["calibration", 0, "easy", "calibration"],
   ["easy", 0, "small", "unet_name"],
-  ["large", 0, "compare", "model_a"],
-  ["small", 0, "compare", "model_b"],
-  ["prompts", 0, "compare", "conditioning"],
-  ["vae", 0, "compare", "vae"],
+  ...COMPARED,
 ];
 const GROUPS = [
   ["What its layers see", COLOUR.shared, [20, 470, 440, 300]],
