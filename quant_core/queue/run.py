@@ -13,7 +13,7 @@ from ..errors import CalibQuantError, printable
 from ..files.text import counted
 from ..progress import Progress
 from .journal import DONE, FAILED, SENT, WITHDRAWN, Entry, Journal
-from .server import Outcome, RefusedError, Server, UnreachableError, opened
+from .server import Outcome, RefusedError, Server, UnreachableError, end, opened
 from .workflow import Job
 
 TICK = 0.5  # seconds between two looks at the progress
@@ -126,11 +126,11 @@ class Batch:
         ]
         ticker = asyncio.create_task(self._tell())
         try:
-            await asyncio.gather(*workers)
+            done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            for worker in done:
+                worker.result()
         finally:
-            for task in (ticker, *workers):
-                task.cancel()
-            await asyncio.gather(ticker, *workers, return_exceptions=True)
+            await end([ticker, *workers])
             await asyncio.gather(*map(self._take_back, self._servers.values()))
         self._progress(*self._state())
 

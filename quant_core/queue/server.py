@@ -127,8 +127,7 @@ class Server:
         self._waiting[prompt_id] = job, event
         try:
             while (found := await self.find(prompt_id)) is Queued:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(event.wait(), self._poll)
+                await _woken(event, self._poll)
                 event.clear()
             return found  # type: ignore[return-value]
         finally:
@@ -228,9 +227,24 @@ async def opened(urls: Sequence[str], poll: float, listen: bool = True) -> Async
         try:
             yield servers
         finally:
-            for ear in ears:
-                ear.cancel()
-            await asyncio.gather(*ears, return_exceptions=True)
+            await end(ears)
+
+
+async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel them; again where a library swallowed it, as asyncio.wait_for does before Python 3.12."""
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=1)
+    await asyncio.gather(*tasks, return_exceptions=True)  # what they raised is looked at
+
+
+async def _woken(event: asyncio.Event, seconds: float) -> None:
+    waiter = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait([waiter], timeout=seconds)
+    finally:
+        waiter.cancel()
 
 
 # --- what a server says

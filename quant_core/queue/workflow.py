@@ -129,7 +129,7 @@ def _typed(word: str, graph: Graph, place: tuple[str, str], name: str) -> Any:
         if not _NUMBER.fullmatch(word) or not math.isfinite(float(word)):
             raise OptionError(f"--set {name}: is a number, not {word!r}")
         return int(word) if _WHOLE.fullmatch(word) else float(word)  # an export writes 1.0 as 1: no type is lost
-    if isinstance(held, list) and held and str(held[0]) in graph:
+    if isinstance(held, list) and len(held) == 2 and str(held[0]) in graph:
         origin = str(held[0])
         raise OptionError(f"--set {name}: is linked to node {origin} ({_title(graph[origin])}): set an input there")
     raise OptionError(f"--set {name}: holds no number, switch or text")
