@@ -345,7 +345,7 @@ def until(true: Callable[[], Any]) -> None:
 
 def test_a_killed_batch_goes_on_where_its_jobs_are(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeComfy(stuck=True) as server:
-        words = (path, "--server", server.url, "--set", f"1.kind={kinds(5)}")
+        words = (path, "--server", server.url, "--in-flight", 2, "--set", f"1.kind={kinds(5)}")
         first = start(*words)
         until(lambda: server.running and server.pending)
         first.kill()
@@ -362,7 +362,7 @@ def test_an_interrupted_batch_takes_its_jobs_back(
     sign: signal.Signals, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FakeComfy(stuck=True) as server:
-        words = (path, "--server", server.url, "--set", f"1.kind={kinds(3)}")
+        words = (path, "--server", server.url, "--in-flight", 2, "--set", f"1.kind={kinds(3)}")
         first = start(*words)
         until(lambda: server.running and server.pending)
         first.send_signal(sign)
@@ -432,6 +432,7 @@ def test_only_a_plain_calibration_can_be_dealt_out(path: Path, capsys: pytest.Ca
     out = ("--merge", path.parent / "m.safetensors")
     assert "one Calibrate and one Save Calibration" in call(capsys, path, *out, code=2)[1]
     assert "give each --set one value" in call(capsys, path, *out, "--set", "1.n=1,2", code=2)[1]
+    assert "name it *.calibration" in call(capsys, path, "--merge", path.parent / "m.txt", code=2)[1]
     assert "are for --merge" in call(capsys, path, "--parts", 2, code=2)[1]
 
 

@@ -20,7 +20,7 @@ def options(c: argparse.ArgumentParser) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="NODE.INPUT=A,B",
         help="one job for each value; NODE is a number, title or class; a comma in a value is \\,; may be repeated",
     )  # fmt: skip
-    c.add_argument("--in-flight", type=positive, default=2, metavar="N", help="jobs at a server at a time (default: 2)")
+    c.add_argument("--in-flight", type=positive, default=1, metavar="N", help="jobs at a server at a time (default: 1)")
     c.add_argument("--journal", type=path, metavar="P", help="what is done (default: beside it, WORKFLOW.queue.jsonl)")
     c.add_argument(
         "--merge", type=path, metavar="OUT.calibration.safetensors",
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     if args.merge is not None:
         if len(jobs) > 1:
             raise OptionError("--merge makes one file: give each --set one value")
+        if args.merge.suffix != ".safetensors":
+            raise OptionError(f"--merge {args.merge}: name it *.calibration.safetensors")
         check_output(args.merge, args.overwrite)
         jobs = workflow.deal(jobs[0], args.parts or len(urls))
     with Journal(args.journal or _beside(args.workflow)) as journal, Bar("queue", "job") as bar:

@@ -24,7 +24,7 @@ LEAVING = 20.0  # seconds that taking jobs back from a server may take
 class Limits:
     """in_flight: jobs at one server at a time; patience: seconds to wait for a server that went away."""
 
-    in_flight: int = 2
+    in_flight: int = 1
     crashes: int = 3  # of servers while they ran the same job
     attempts: int = 10  # of a job in all, so that one that waits does not pay for the one that crashes
     patience: float = 600.0
@@ -121,8 +121,8 @@ class Batch:
     async def run(self) -> None:
         workers = [
             asyncio.create_task(self._work(server))
-            for server in self._servers.values()
             for _ in range(self._limits.in_flight)
+            for server in self._servers.values()  # in turn, so that the first jobs go to different ones
         ]
         ticker = asyncio.create_task(self._tell())
         try:

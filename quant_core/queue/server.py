@@ -166,7 +166,7 @@ class Server:
                     async for chunk in answer.content.iter_chunked(1 << 20):
                         file.write(chunk)
         except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as e:
-            raise CalibQuantError(f"{result}: {self.url} broke off: run it again") from e
+            raise CalibQuantError(f"{result}: {self.url} does not answer: start it, then run this again") from e
 
     def _heard(self, text: str) -> None:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
