@@ -103,6 +103,7 @@ class CalibQuantCalibrate(io.ComfyNode):
                     min=0,
                     max=4096,
                     optional=True,
+                    advanced=True,
                     tooltip="Samples to leave out at the beginning, prompts and seeds with them: one calibration drawn "
                     "in parts, by several servers, to be merged.",
                 ),

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from quant_core import cli
 from quant_core.errors import CalibQuantError, OptionError
 from quant_core.evidence import calibration
-from quant_core.queue import journal, workflow
+from quant_core.queue import journal, merging, workflow
 from quant_core.queue import run as batch
 from quant_core.queue.journal import Entry, Journal
 from quant_core.queue.run import Limits, Row
-from quant_core.queue.server import address
+from quant_core.queue.server import Outcome, address
 
 pytest.importorskip("aiohttp")  # comes with ComfyUI
 from fake_comfy import FakeComfy
@@ -426,6 +426,19 @@ def test_a_dealt_calibration_is_that_of_a_single_run(
     for group, sample in single.rows.items():  # random keys come from the sample's name: the same rows are kept
         assert sorted(merged.rows[group].keys) == sorted(sample.keys)
     assert "exists already" in call(capsys, path, "--server", server.url, "--merge", out, code=1)[1]
+
+    def joined(*results: str) -> None:
+        rows = [Row(n, made, "done", server.url, outcome=Outcome(results=[name])) for n, name in enumerate(results, 1)]
+        merging.merge(rows, tmp_path / "again.safetensors", False)
+
+    made = workflow.Job({}, graph)
+    with pytest.raises(CalibQuantError, match=r"job 2.*holds a sample of an earlier job, .*seed 2000: set merge_with"):
+        joined(named["path"], named["path"])
+    with pytest.raises(CalibQuantError, match=r"^output/calibrations/gone.*answers 404: is the file still there"):
+        joined(f"output/calibrations/gone{merging.SUFFIX}")
+    with pytest.raises(CalibQuantError, match="job 1 names no calibration file: update ComfyUI-CalibQuant"):
+        joined("output/x.png")
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, out.name, "c.queue.jsonl"}
 
 
 def test_only_a_plain_calibration_can_be_dealt_out(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
