@@ -254,8 +254,9 @@ def test_a_job_that_brings_its_server_down_is_given_up_and_the_others_are_not(ru
     with FakeComfy() as server:
         rows, _ = run(server, kinds="ok1,crash,ok2,ok3")
     assert states(rows) == ["done", "failed", "done", "done"]
-    assert "was lost 3 times" in rows[1].outcome.error
-    assert [count for label, count in server.ran.items() if "crash" in label] == [3]
+    assert "times, the last time by" in rows[1].outcome.error
+    (crashes,) = (count for label, count in server.ran.items() if "crash" in label)
+    assert 3 <= crashes <= QUICK.attempts  # three that were seen; one right after a start may go unseen
 
 
 def test_a_job_that_fails_by_itself_is_not_tried_again_until_the_next_run(run: Any) -> None:
