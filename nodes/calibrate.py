@@ -91,6 +91,16 @@ class CalibQuantCalibrate(io.ComfyNode):
                 *sampling_inputs(32),
                 _rows_input(),
                 negative_input(),
+                io.Int.Input(
+                    "first",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Samples to leave out at the beginning, prompts and seeds with them: one calibration drawn "
+                    "in parts, by several servers, to be merged.",
+                ),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip="What all samples together showed.")],
             hidden=[io.Hidden.unique_id],
@@ -101,6 +111,7 @@ class CalibQuantCalibrate(io.ComfyNode):
     def execute(
         cls, model: Any, conditioning: list[Any], samples: int, steps: int, cfg: float, sampler_name: str,
         scheduler: str, width: int, height: int, frames: int, seed: int, rows: int, negative: Any = None,
+        first: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         check_negative(cfg, negative)
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
@@ -109,7 +120,7 @@ class CalibQuantCalibrate(io.ComfyNode):
         recorder = Recorder(folders.new_calibration_path(f"unfinished/{name}"), patient=True)
         recorder.prepare(architecture, identity, rows)
         latent = sampling.empty_latent(model, width, height, frames)
-        jobs = jobs_of(conditioning, samples, seed)
+        jobs = jobs_of(conditioning, first + samples, seed)[first:]
 
         def begin(text: str, _seed: int) -> None:
             recorder.labels = {**({"prompts": text} if text else {}), "scheduler": scheduler}
@@ -292,7 +303,8 @@ class CalibQuantSaveCalibration(io.ComfyNode):
         path = folders.new_calibration_path(filename_prefix)
         engine.save(found, path)
         written.remember(cls.hidden.unique_id, path)
-        return io.NodeOutput(ui=ui.PreviewText(f"{path.name}\n{summary(found)}"))
+        text = f"{path.name}\n{summary(found)}"
+        return io.NodeOutput(ui={"text": [text], "calibquant_result": [{"path": folders.shown(path)}]})
 
 
 class CalibQuantLoadCalibration(io.ComfyNode):

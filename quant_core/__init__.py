@@ -3,6 +3,7 @@
 One folder a room; every import points down this list, so a reader may stop where he has seen enough:
 
     cli, demo      a person asks
+    queue          the same workflow on many values and ComfyUI servers
     jobs           quantize, convert, verify, compare
     reports        what came out, as text, tables and JSON
     planning       what is decided for each layer, why, and the output file to the byte

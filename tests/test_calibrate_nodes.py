@@ -543,7 +543,7 @@ def test_save_waits_merges_and_loads(pack: dict[str, Any], model: Any, digits: l
     with pytest.raises(Exception, match="nothing was collected yet: link the sampler's LATENT to after"):
         execute(save, calibration=handle, filename_prefix="x")
     ksampler(watched, digits[1], seed=1)
-    text = execute(save, calibration=handle, filename_prefix="part/m").ui.value
+    text = execute(save, calibration=handle, filename_prefix="part/m").ui["text"][0]
     assert text.splitlines()[0] == "m_00001_.calibration.safetensors"
     assert f"{LAYERS} layers" in text and "32 rows" in text and "1 run" in text and "loudest/median" in text
     first = str(Path("part") / "m_00001_.calibration.safetensors")

@@ -56,7 +56,7 @@ def test_the_engine_imports_where_comfyui_is_forbidden() -> None:
 
 
 # The way of the data, last first: a room imports from the rooms below it only (and from itself).
-ROOMS = ("cli", "demo", "jobs", "reports", "planning", "rounding", "evidence", "models", "files", "formats")
+ROOMS = ("cli", "demo", "queue", "jobs", "reports", "planning", "rounding", "evidence", "models", "files", "formats")
 BESIDE = {("cli", "demo"), ("files", "formats"), ("formats", "files")}  # of one height; formats know nothing of files
 SHARED = {"errors", "locate", "progress", "__version__"}  # single modules that every room may use
 

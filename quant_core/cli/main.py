@@ -15,7 +15,7 @@ from types import ModuleType
 from .. import __version__
 from ..errors import CalibQuantError, OptionError
 from ..files.disk import discard_unfinished, reason
-from . import calibration, compare, convert, demo, inspect, lora, plan, probe, quantize
+from . import calibration, compare, convert, demo, inspect, lora, plan, probe, quantize, queue
 
 COMMANDS: dict[str, ModuleType] = {  # each has HELP, options(parser) and run(arguments)
     "inspect": inspect,
@@ -26,6 +26,7 @@ COMMANDS: dict[str, ModuleType] = {  # each has HELP, options(parser) and run(ar
     "convert": convert,
     "lora": lora,
     "calibration": calibration,
+    "queue": queue,
     "demo": demo,
 }
 
