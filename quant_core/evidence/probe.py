@@ -95,7 +95,7 @@ def probe(
     Scaled FP8 sources are dequantized first. Memory: the largest weight as stored, once per thread.
     Raises CalibQuantError for a quantized source and for NaN/Inf weights, naming the tensor.
     """
-    with ModelFile(path, architecture) as model:
+    with ModelFile(path, architecture, lossy=True) as model:
         layers: dict[str, LayerProbe] = {}
         order = sorted(model.layers, key=lambda n: -model.checkpoint.entries[n + ".weight"].nbytes)
         with ThreadPoolExecutor(os.cpu_count() and min(os.cpu_count() or 1, 4)) as pool:

@@ -102,7 +102,7 @@ def _part(path: Path, stored: Stored, part: Part) -> TensorEntry:
     entry = stored[key]
     if not half:
         return entry
-    if not entry.shape or entry.shape[0] % 2:
+    if not entry.shape or entry.shape[0] % 2 or entry.blocks:
         raise CalibQuantError(f"{path}: tensor {key} of shape {entry.shape} has no two halves: {_REMEDY}")
     rows, nbytes = entry.shape[0] // 2, entry.nbytes // 2
     start = entry.start + (nbytes if half == "[2/2]" else 0)

@@ -1,4 +1,4 @@
-"""The weights of a model file: read one at a time, dequantized where the file is scaled FP8."""
+"""The weights of a model file: read one at a time, dequantized where the file is scaled FP8 or GGUF."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Source(ModelFile):
     checkpoint: Checkpoint
 
     def load(self, layer: str) -> torch.Tensor:
-        """The real weight ``[out, in]`` in the dtype on disk, or in float32 where an FP8 scale was applied.
+        """The real weight ``[out, in]`` in the dtype on disk, or in float32 where it is dequantized.
 
         Raises CalibQuantError when the scale does not fit the weight.
         """
@@ -31,7 +31,7 @@ class Source(ModelFile):
 
     def kept_dtype(self, layer: str) -> torch.dtype:
         """The dtype in which the weight is written when a plan leaves it alone."""
-        if self.scale_key(layer):
+        if self.is_scaled(layer + ".weight"):
             return self.model_dtype
         return DTYPES[self.checkpoint.entries[layer + ".weight"].dtype]
 
