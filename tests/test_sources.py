@@ -131,8 +131,7 @@ def test_of_variants_the_one_without_a_mark_is_taken(tmp_path: Path) -> None:
     with Source(tmp_path) as source:
         assert source.load("layers.0.attention.qkv").dtype == torch.float32
     models.save(tmp_path / "other.safetensors", {"x": torch.ones(1)})
-    message = str(pytest.raises(CalibQuantError, Source, tmp_path).value)
-    assert "2 candidates" in message
+    assert "2 candidates" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("index", [f"{NAME}.safetensors.index.fp16.json", f"{NAME}.fp16.safetensors.index.json"])
@@ -175,13 +174,10 @@ def check(path: Path, wanted: np.ndarray) -> None:
     assert layer.amax == np.abs(wanted.astype(np.float32)).max()
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("suffix", ["weight_scale", "scale_weight", "scale", "weight_scale_inv"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (192,), (192, 1)])
-def test_scales_per_tensor_and_per_row(
-    suffix: str, shape: tuple[int, ...], kept: torch.dtype, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_scales_per_tensor_and_per_row(suffix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    dtype, kept = (E5M2, torch.float32) if len(shape) == 1 else (E4M3, torch.bfloat16)
     scale = torch.rand(shape, generator=torch.Generator().manual_seed(2)) / 64
     tensors = model_with({"weight": codes(dtype), suffix: scale}, kept)
     exact = codes(dtype).double().numpy() * scale.reshape(-1, 1).double().numpy()

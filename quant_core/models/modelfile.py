@@ -1,11 +1,12 @@
 """A model file to be quantized: its family, its layers, its FP8 dialect. Headers only, no torch.
 
-FP8 files with scales come in three dialects. Each is one row of ``DIALECTS``; their weights are multiplied by
-their scale when read (``source``), so that everything downstream sees the real weights.
+FP8 files with scales come in dialects. Each is one row of ``DIALECTS``; their weights are multiplied by their scale
+when read (``source``), so that everything downstream sees the real weights.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -41,7 +42,10 @@ DIALECTS = (
     NATIVE,
     Dialect("scaled_fp8", "legacy scaled_fp8", ".scale_weight", ".scale_input", marker="scaled_fp8"),
     Dialect("hswq", "HSWQ V2 (.scale)", ".scale"),
+    # A factor in spite of its name: DeepSeek's, and what transformers writes (FineGrainedFP8Config).
+    Dialect("blocks", "FP8 of transformers (.weight_scale_inv)", ".weight_scale_inv", ".activation_scale"),
 )
+SCALE_BLOCK = 128  # rows and columns that share a scale in files with a matrix of them
 
 
 class ModelFile:
@@ -74,6 +78,7 @@ class ModelFile:
         model_shapes = {k: e.shape for k, e in keys.items() if k.startswith(self.prefix)}
         self.architecture: Architecture = by_name(architecture) if architecture else detect(model_shapes, model_shapes)
         self.consumed = self._consumed_keys()
+        self._refuse_unknown_scales()
         weights = [k for k, _ in self._weights()]
         matrices = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2]
         self.layers: dict[str, LayerInfo] = self.architecture.describe_file(matrices, keys)
@@ -163,13 +168,26 @@ class ModelFile:
         """Keys that belong to the source's own quantization and must not reach the output."""
         if not self.dialect:
             return frozenset()
-        suffixes = [s for s in (self.dialect.scale, self.dialect.input_scale, ".comfy_quant") if s]
+        suffixes = [self.dialect.scale, ".comfy_quant", *(d.input_scale for d in DIALECTS if d.input_scale)]
         markers = {self.prefix + self.dialect.marker, self.dialect.marker} if self.dialect.marker else set()
         return frozenset(
             key
             for key in self.checkpoint.entries
             if key in markers or any(key.endswith(s) and self._has_weight(key, s) for s in suffixes)
         )
+
+    def _refuse_unknown_scales(self) -> None:
+        """An FP8 weight whose scale went unseen would be wrong without a word."""
+        for key in self.checkpoint.entries:
+            layer, _, suffix = key.removeprefix(self.prefix).replace(".weight.", ".", 1).rpartition(".")
+            weight = f"{self.prefix}{layer}.weight"
+            if "scale" not in suffix or key in self.consumed or weight not in self.checkpoint.entries:
+                continue
+            if self.checkpoint.entries[weight].dtype in FP8:
+                raise CalibQuantError(
+                    f"{self.path}: layer {self.prefix}{layer} is FP8 beside {key}, a scale that is not known here: "
+                    "quantize from the 16-bit original"
+                )
 
     def _has_weight(self, key: str, suffix: str) -> bool:
         return key.startswith(self.prefix) and key.removesuffix(suffix) + ".weight" in self.checkpoint.entries
@@ -183,6 +201,24 @@ class ModelFile:
                 raise CalibQuantError(_already(self.path, key.removesuffix(".weight"), entry.dtype))
             if key.startswith(self.prefix) and entry.dtype == "F8_E8M0":
                 raise CalibQuantError(_already(self.path, key.rpartition(".")[0], "mxfp8"))
+
+
+def scale_step(path: Path, layer: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight that share one scale: all, one row, or a block. By shape alone, and never a guess.
+
+    Raises CalibQuantError when the scales do not fit the weight.
+    """
+    rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
+    if math.prod(scales) == 1:
+        return max(rows, 1), max(columns, 1)
+    if scales in ((rows,), (rows, *[1] * (len(shape) - 1))):
+        return 1, max(columns, 1)
+    if len(shape) == 2 and scales == (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)):
+        return SCALE_BLOCK, SCALE_BLOCK
+    raise CalibQuantError(
+        f"{path}: layer {layer} has a scale of shape {scales}, neither per tensor nor per row nor per block of {SCALE_BLOCK} × "
+        f"{SCALE_BLOCK}: quantize from the 16-bit original"
+    )
 
 
 def _already(path: Path, layer: str, fmt: str) -> str:
