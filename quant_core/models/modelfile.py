@@ -216,8 +216,8 @@ def scale_step(path: Path, layer: str, shape: tuple[int, ...], scales: tuple[int
     if len(shape) == 2 and scales == (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)):
         return SCALE_BLOCK, SCALE_BLOCK
     raise CalibQuantError(
-        f"{path}: layer {layer} has a scale of shape {scales}, neither per tensor nor per row nor per block of {SCALE_BLOCK} × "
-        f"{SCALE_BLOCK}: quantize from the 16-bit original"
+        f"{path}: layer {layer} has a scale of shape {scales}, neither per tensor nor per row nor per block of "
+        f"{SCALE_BLOCK} × {SCALE_BLOCK}: quantize from the 16-bit original"
     )
 
 
