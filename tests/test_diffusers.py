@@ -26,6 +26,7 @@ from quant_core.evidence.probe import probe
 from quant_core.files import checkpoint
 from quant_core.files.checkpoint import Checkpoint
 from quant_core.jobs import QuantizedFile
+from quant_core.models import lora_dialects
 from quant_core.models.diffusers import present
 from quant_core.models.modelfile import ModelFile
 from quant_core.models.source import Source
@@ -413,3 +414,12 @@ def test_comfyuis_models_with_names_like_diffusers_are_left_alone(name: str, tmp
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     with Checkpoint(models.save_sparse(tmp_path / "m.safetensors", shapes)) as file:
         assert present(file) == "" and file.entries.keys() == shapes.keys()
+
+
+@pytest.mark.parametrize("family", ["joint_blocks.*.x_block", "double_blocks.*.img"])
+def test_a_lora_in_diffusers_names_is_for_the_likest_family(family: str) -> None:
+    """SD3 and Flux share stored names and the final layer, but not what the names are for."""
+    module = "attn.qkv" if "joint" in family else "_attn.qkv"
+    attention = (family + ("." if "joint" in family else "") + module).replace("*", "0")
+    spelled = lora_dialects._spellings({attention, "final_layer.linear"})
+    assert spelled["transformer_blocks_7_attn_to_k"] == (attention.replace("0", "7"), 1, 3)

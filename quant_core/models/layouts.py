@@ -218,7 +218,7 @@ _SD3_BLOCK: Table = {
 def _sd3(keys: Collection[str]) -> Table:
     """The context's last modulation has no gate, and its scale and shift change places like the final layer's."""
     blocks = (int(match[1]) for key in keys if (match := re.match(r"transformer_blocks\.(\d{1,3})\.", key)))
-    last = f"transformer_blocks.{max(blocks)}.norm1_context.linear"
+    last = f"transformer_blocks.{max(blocks, default=0)}.norm1_context.linear"
     return {
         **_block("joint_blocks.*", "transformer_blocks.*", _SD3_BLOCK),
         f"joint_blocks.{last.split('.')[1]}.context_block.adaLN_modulation.1": f"{last}[2/2] {last}[1/2]",
