@@ -72,7 +72,9 @@ class CalibQuantProbe(io.ComfyNode):
     @classmethod
     @feedback.in_node_words()
     def execute(cls, model_name: str, compat: bool, thresholds: dict[str, Any] | None = None) -> io.NodeOutput:
-        with ModelFile(folders.model_path(model_name)) as model:  # before the reading: a slip is told at once
+        with ModelFile(
+            folders.model_path(model_name), lossy=True
+        ) as model:  # before the reading: a slip is told at once
             options = _options(model.architecture.name, thresholds, compat)
         probed = probe_file(model_name)
         scored = scoring.decide(probed, options, compat=compat)

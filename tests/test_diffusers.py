@@ -1,11 +1,13 @@
 """Models in diffusers layout: seen, quantized and written as ComfyUI's own conversion has them, or refused.
 
 The reference is ComfyUI: its tables make the diffusers files of these tests, its conversion and its loader judge ours.
+For families that ComfyUI does not convert it is the package diffusers (``keys/make_diffusers_keys.py``).
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from quant_core.evidence.probe import probe
 from quant_core.files import checkpoint
 from quant_core.files.checkpoint import Checkpoint
 from quant_core.jobs import QuantizedFile
+from quant_core.models import lora_dialects
 from quant_core.models.diffusers import present
 from quant_core.models.modelfile import ModelFile
 from quant_core.models.source import Source
@@ -250,6 +253,62 @@ def test_inspect_says_so_and_shows_native_layers(files: dict[str, Path], capsys:
     assert "diffusers layout" in capsys.readouterr().out
 
 
+# --- more families: one column of every tensor, so that all blocks of published models fit
+
+
+def narrow(variant: str) -> Tensors:
+    shapes = {key: (shape[0], *[1] * (len(shape) - 1)) for key, shape in make_keys.load(variant).items()}
+    return models._random(shapes, torch.bfloat16)
+
+
+def assert_presented(path: Path, wanted: Tensors, title: str) -> None:
+    with Checkpoint(path) as file:
+        assert present(file) == title
+        assert file.entries.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            found = file.read(name)
+            assert found.shape == tensor.shape and reference.raw(found) == reference.raw(tensor), name
+
+
+BY_COMFYUI = {  # variant: (title, table, its counts of blocks)
+    "sd35_medium": ("Stable Diffusion 3", "mmdit_to_diffusers", {"depth": 24, "num_blocks": 24}),
+    "auraflow": ("AuraFlow", "auraflow_to_diffusers", {"n_double_layers": 4, "n_layers": 36}),
+    "pixart_sigma": ("PixArt", "pixart_to_diffusers", {"depth": 28}),
+}
+
+
+@pytest.mark.parametrize("variant", list(BY_COMFYUI))
+def test_what_else_comfyui_converts(variant: str, tmp_path: Path) -> None:
+    title, table, counts = BY_COMFYUI[variant]
+    native = narrow(variant)
+    stored = to_diffusers(native, getattr(comfy_module("utils"), table)(counts))
+    path = models.save(tmp_path / "m.safetensors", stored)
+    converted = comfy_module("model_detection").convert_diffusers_mmdit(dict(stored))
+    assert converted.keys() == native.keys()
+    assert_presented(path, converted, title)
+
+
+BY_DIFFUSERS = {
+    "wan21_i2v_14b": "Wan",
+    "wan21_flf2v_14b": "Wan",
+    "wan21_vace_14b": "Wan",
+    "flux2_dev": "Flux.2",
+    "lumina2": "Lumina 2",
+    "chroma": "Chroma",
+    "cosmos_predict2_2b": "Cosmos Predict2",
+}
+LATER = re.compile(r"(?:blocks|(?<!guidance_layer\.)layers|refiner)\.(?!0\.|1\.)\d+\.")  # not in the reference
+
+
+@pytest.mark.parametrize("variant", list(BY_DIFFUSERS))
+def test_what_diffusers_converts_comes_back(variant: str, tmp_path: Path) -> None:
+    rows = json.loads((Path(make_keys.HERE) / "diffusers.json").read_text())[variant]
+    native = {key: tensor for key, tensor in narrow(variant).items() if not LATER.search(key)}
+    stored = {key: torch.cat([native[k][a : a + n] for k, a, n in parts]) for key, parts in rows.items()}
+    path = models.save(tmp_path / "m.safetensors", models.prefixed(stored, "model.diffusion_model."))
+    assert_presented(path, models.prefixed(native, "model.diffusion_model."), BY_DIFFUSERS[variant])
+
+
 # --- refused
 
 
@@ -261,41 +320,11 @@ def refusal(path: Path) -> str:
     return message
 
 
-TABLES = {  # of ComfyUI, for families that are not converted
-    "SD3.5": ("mmdit_to_diffusers", {"depth": 2, "num_blocks": 2}),
-    "AuraFlow": ("auraflow_to_diffusers", {"n_double_layers": 1, "n_layers": 2}),
-    "PixArt": ("pixart_to_diffusers", {"depth": 2}),
-}
-
-
-@pytest.mark.parametrize("model", list(TABLES))
-def test_what_else_comfyui_converts_is_refused(model: str, tmp_path: Path) -> None:
-    function, config = TABLES[model]
-    tensors = {name: torch.ones(128, 128) for name in getattr(comfy_module("utils"), function)(config)}
-    assert comfy_module("model_detection").detect_unet_config(tensors, "") is None
-    message = refusal(models.save(tmp_path / "m.safetensors", tensors))
-    assert "diffusers layout" in message and "ModelSave" in message
-    assert "ModelSave" in describe.inspect(tmp_path / "m.safetensors")["layout"]
-
-
 # Names from the published files that ComfyUI knows only in another layout, or not at all.
 BLOCK = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "norm_q.weight")
 UNKNOWN = {
-    "Wan": ("condition_embedder.time_embedder.linear_1.weight", *(f"blocks.0.attn1.{name}" for name in BLOCK)),
-    "Lumina 2": (
-        *("time_caption_embed.timestep_embedder.linear_1.bias", "x_embedder.weight"),
-        *(f"noise_refiner.0.attn.{name}" for name in BLOCK),
-    ),
     "HunyuanVideo": ("x_embedder.proj.weight", *(f"single_transformer_blocks.0.attn.{name}" for name in BLOCK)),
     "LTX-Video": ("proj_in.weight", *(f"transformer_blocks.0.attn1.{name}" for name in BLOCK)),
-    "Flux.2": (
-        *("x_embedder.weight", "context_embedder.weight", "double_stream_modulation_img.linear.weight"),
-        "single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight",
-    ),
-    "Chroma": (
-        *("x_embedder.weight", "distilled_guidance_layer.in_proj.weight"),
-        *(f"single_transformer_blocks.0.attn.{name}" for name in BLOCK),
-    ),
     "Stable Video Diffusion": (
         *("conv_in.weight", "down_blocks.0.resnets.0.spatial_res_block.conv1.weight"),
         *(f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{name}" for name in BLOCK),
@@ -385,3 +414,12 @@ def test_comfyuis_models_with_names_like_diffusers_are_left_alone(name: str, tmp
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     with Checkpoint(models.save_sparse(tmp_path / "m.safetensors", shapes)) as file:
         assert present(file) == "" and file.entries.keys() == shapes.keys()
+
+
+@pytest.mark.parametrize("family", ["joint_blocks.*.x_block", "double_blocks.*.img"])
+def test_a_lora_in_diffusers_names_is_for_the_likest_family(family: str) -> None:
+    """SD3 and Flux share stored names and the final layer, but not what the names are for."""
+    module = "attn.qkv" if "joint" in family else "_attn.qkv"
+    attention = (family + ("." if "joint" in family else "") + module).replace("*", "0")
+    spelled = lora_dialects._spellings({attention, "final_layer.linear"})
+    assert spelled["transformer_blocks_7_attn_to_k"] == (attention.replace("0", "7"), 1, 3)

@@ -18,6 +18,7 @@ from ...quant_core.models.modelfile import ModelFile
 PACK = Path(__file__).resolve().parents[2]
 PROMPT_SETS = "calibquant_promptsets"
 CALIBRATIONS = "calibquant_calibrations"
+GGUF = "calibquant_gguf"  # the same folders as diffusion_models, whose own list leaves .gguf files out
 CALIBRATION_SUFFIX = ".calibration.safetensors"
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
 MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
@@ -29,6 +30,7 @@ def register_folders() -> None:
     folder_paths.add_model_folder_path("diffusion_models", str(PACK / "workflows" / "models"))
     folder_paths.add_model_folder_path("vae", str(PACK / "workflows" / "vae"))
     folder_paths.add_model_folder_path("loras", str(PACK / "workflows" / "loras"))
+    folder_paths.folder_names_and_paths[GGUF] = (folder_paths.folder_names_and_paths["diffusion_models"][0], {".gguf"})
     _register(PROMPT_SETS, "promptsets")
     _register(CALIBRATIONS, "calibrations")
 
@@ -51,10 +53,10 @@ def _names(kind: str) -> list[str]:
 
 
 def model_names() -> list[str]:
-    """Every file that can be a source: diffusion models, then all-in-one checkpoints as ``checkpoints/NAME``."""
+    """Every file that can be a source: diffusion models, all-in-one checkpoints as ``checkpoints/NAME``, GGUF files."""
     checkpoints = [CHECKPOINTS + name for name in _names("checkpoints")]
     names = _names("diffusion_models") + checkpoints
-    return [name for name in names if name.endswith(".safetensors")]
+    return [name for name in names if name.endswith(".safetensors")] + _names(GGUF)
 
 
 def first_original() -> str | None:
@@ -65,11 +67,11 @@ def first_original() -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _is_original(path: Path, _stamp: str) -> bool:
-    """Whether a file can be quantized and holds no FP8; the stamp changes when the file does."""
+    """Whether a file can be quantized and is no FP8 or GGUF; the stamp changes when the file does."""
     try:
         with ModelFile(path) as model:
-            stored = (model.checkpoint.entries[f"{layer}.weight"].dtype for layer in model.layers)
-            return not any(dtype in FP8 for dtype in stored)
+            stored = (model.checkpoint.entries[f"{layer}.weight"] for layer in model.layers)
+            return not any(entry.dtype in FP8 or entry.blocks for entry in stored)
     except (CalibQuantError, OSError):
         return False
 

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from .. import jobs
     from ..models.source import Source
 
-    with Source(args.source) as source, Bar("compare") as bar:
+    with Source(args.source, lossy=True) as source, Bar("compare") as bar:
         calibration = decision.calibration_of(source, args)
         report = jobs.compare(source, args.quant, progress=bar, calibration=calibration, lora=args.lora)
     if args.json:

@@ -61,6 +61,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--set", action="append", type=layer_format, default=[], metavar="LAYER=FORMAT", help=SET_HELP)
     c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
+    c.add_argument("--allow-lossy", action="store_true", help="take a GGUF source below Q8_0, whatever that has lost")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
     group.add_argument(
         "--base",

@@ -40,7 +40,7 @@ def _error_lora(args: argparse.Namespace) -> None:
     from .. import jobs
     from ..models.source import Source
 
-    with Source(args.words[0]) as source, Bar("lora") as bar:
+    with Source(args.words[0], lossy=True) as source, Bar("lora") as bar:
         calibration = decision.calibration_of(source, args)
         rank = RANK if args.rank is None else args.rank
         report = jobs.error_lora(source, args.words[1], args.output, rank, calibration, args.overwrite, bar)

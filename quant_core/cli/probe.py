@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from ..planning import scoring
     from ..reports import probe_report
 
-    with ModelFile(args.file, args.model) as model:  # before the reading: a slip is told at once
+    with ModelFile(args.file, args.model, lossy=True) as model:  # before the reading: a slip is told at once
         options = _scoring(args, model.architecture.name)
     with Bar("probe") as bar:
         probed = probe.probe(args.file, args.model, args.outlier_sigma, progress=bar)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError(f"{making[0]} is for making a plan: give it to `calibquant plan`")
     if args.split:
         branch_path(args.output)  # says what is wrong with the name before the plan takes its time
-    with Source(args.file, args.architecture) as source:
+    with Source(args.file, args.architecture, args.allow_lossy) as source:
         made = plan.load(args.plan) if args.plan else decision.make_plan(source, args)
         decision.check_core(made)
         seen = decision.calibration_of(source, args) if args.plan else None  # else the plan has it

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import CalibQuantError
 from ..models.architectures import LayerInfo, layer_type
-from ..models.modelfile import ModelFile
+from ..models.modelfile import SCALE_BLOCK, ModelFile, scale_step
 from ..progress import Progress
 from .measure import E4M3_GRID, Rows, errors
 
@@ -95,7 +95,7 @@ def probe(
     Scaled FP8 sources are dequantized first. Memory: the largest weight as stored, once per thread.
     Raises CalibQuantError for a quantized source and for NaN/Inf weights, naming the tensor.
     """
-    with ModelFile(path, architecture) as model:
+    with ModelFile(path, architecture, lossy=True) as model:
         layers: dict[str, LayerProbe] = {}
         order = sorted(model.layers, key=lambda n: -model.checkpoint.entries[n + ".weight"].nbytes)
         with ThreadPoolExecutor(os.cpu_count() and min(os.cpu_count() or 1, 4)) as pool:
@@ -206,7 +206,9 @@ class StoredWeight:
     def rows(self, which: slice | NDArray[np.int64]) -> Rows:
         rows = self._decode(self._stored[which])
         if self._scale is not None:
-            rows = rows * (self._scale if self._scale.size == 1 else self._scale[which])
+            scale = self._scale[which]
+            wide = scale if scale.shape[1] == 1 else scale.repeat(SCALE_BLOCK, axis=1)[:, : self.shape[1]]
+            rows = rows * wide
         return rows
 
     def chunks(self) -> Iterator[Rows]:
@@ -242,15 +244,15 @@ class StoredWeight:
 
 
 def _scale(model: ModelFile, name: str) -> Rows | None:
+    """The scales of each row: one, or one for each block of columns."""
     key = model.scale_key(name)
     if key is None:
         return None
     entry = model.checkpoint.entry(key)
     raw = np.frombuffer(model.checkpoint.read_bytes(key), STORED[entry.dtype])
-    scale = DECODE[entry.dtype](raw).reshape(-1, 1)
-    if scale.size not in (1, model.shape(name)[0]):
-        raise CalibQuantError(f"{model.path}: layer {name} has {scale.size} scales: quantize from the 16-bit original")
-    return scale
+    shape = model.shape(name)
+    rows, _ = scale_step(model.path, name, shape, entry.shape)
+    return DECODE[entry.dtype](raw).reshape(-(-shape[0] // rows), -1).repeat(rows, axis=0)[: shape[0]]
 
 
 def _table(magnitudes: NDArray[np.float32]) -> Rows:

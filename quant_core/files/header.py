@@ -1,6 +1,7 @@
-"""The headers of safetensors files: which tensors, where, and all that can be wrong with them. No torch.
+"""The headers of model files: which tensors, where, and all that can be wrong with them. No torch.
 
-Format: 8 bytes little-endian header length, a JSON header, then the tensors without gaps
+safetensors files are read here, GGUF files in ``gguf``; what else people have is refused by what it is. The format of
+safetensors: 8 bytes little-endian header length, a JSON header, then the tensors without gaps
 (github.com/huggingface/safetensors, "Format"). Own code instead of ``safetensors.safe_open`` because that maps the
 file (a 22 GB map fails on Windows) and its errors name neither file nor remedy. Without torch, because importing
 torch takes longer than reading the header of any model.
@@ -11,43 +12,32 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CalibQuantError
+from . import gguf
 from .disk import check_input, reason, stat_of
+from .entry import ITEMSIZE, MAX_HEADER, MAX_NAME, MAX_RANK, Header, TensorEntry
 from .text import parse_json, read_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Name in the header -> bytes per element. F8_E8M0 is known so that a quantized source gets a clear answer.
-ITEMSIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I64": 8, "I32": 4, "I16": 2,
-    "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8,
-}  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes; the reference implementation's own limit
-MAX_NAME = 1000  # characters of a tensor's name; the longest seen has 120
-MAX_RANK = 32
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: header dtype name, shape, file, absolute byte range.
-
-    A tensor that is not stored as one has ``parts``: its bytes are theirs, one after the other.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    nbytes: int
-    parts: tuple[TensorEntry, ...] = ()
+# How files that cannot be read begin -> what they are, and the remedy.
+_PICKLE = (
+    "is a pickle (PyTorch's .pt, .pth, .ckpt and .bin), which may run any program and is not opened here",
+    "get its .safetensors release, or load it in ComfyUI with the stock loader and save it with ModelSave",
+)
+_FOREIGN = {
+    **dict.fromkeys((b"PK\3\4", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6))), _PICKLE),
+    b"version https://git-lfs": ("is a Git LFS pointer, not the file itself", "download the file (git lfs pull)"),
+}
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 class Headers:
@@ -63,14 +53,16 @@ class Headers:
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
         self._nbytes = 0
+        self._bases: list[int] = []
         for file in self.files:
-            entries, metadata, size = read_header(file)
-            self._nbytes += size
-            for name, entry in entries.items():
+            header = read_header(file)
+            self._nbytes += header.size
+            self._bases.append(header.base)
+            for name, entry in header.entries.items():
                 if name in self.entries:
                     raise CalibQuantError(f"{file}: tensor {name} is also in {self.entries[name].file}: remove one")
                 self.entries[name] = entry
-            self.metadata = {**metadata, **self.metadata}
+            self.metadata = {**header.metadata, **self.metadata}
         _check_index(self.path, self.entries)
         self._handles: dict[tuple[int, Path], Any] = {}  # one per thread and file
 
@@ -92,9 +84,9 @@ class Headers:
     def fingerprint(self) -> str:
         """SHA-256 over the headers and 64 pieces of 4 kB spread over the data: tells fine-tunes apart in no time."""
         digest = hashlib.sha256()
-        for file in self.files:
+        for file, base in zip(self.files, self._bases, strict=True):
             try:
-                _fingerprint(file, digest)
+                _fingerprint(file, base, digest)
             except OSError as e:
                 raise CalibQuantError(f"{file}: cannot be read: {reason(e)}") from e
         return digest.hexdigest()
@@ -116,7 +108,10 @@ class Headers:
         for part in entry.parts or (entry,):
             if offset < part.nbytes and target:
                 size = min(part.nbytes - offset, len(target))
-                self._read_stored(part, offset, target[:size])
+                if part.blocks:
+                    gguf.read_values(part, offset, target[:size], partial(self._read_stored, part))
+                else:
+                    self._read_stored(part, offset, target[:size])
                 target = target[size:]
             offset = max(0, offset - part.nbytes)
 
@@ -137,23 +132,28 @@ class Headers:
             raise CalibQuantError(f"{entry.file}: cannot read tensor {entry.name}: {reason(e)}") from e
 
 
-def _fingerprint(file: Path, digest: Any) -> None:
+def _fingerprint(file: Path, base: int, digest: Any) -> None:
     size = file.stat().st_size
     with open(file, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        digest.update(f.read(length))
+        f.seek(8)  # behind the header's length, or the magic and version of a GGUF file
+        digest.update(f.read(base - 8))
         for i in range(64):
-            f.seek(8 + length + (size - 8 - length) * i // 64)
+            f.seek(base + (size - base) * i // 64)
             digest.update(f.read(4096))
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int]:
-    """Entries and metadata of one safetensors file, fully checked against the file's size, which comes third."""
+def read_header(file: Path) -> Header:
+    """Entries and metadata of one safetensors or GGUF file, fully checked against the file's size."""
     check_input(file)
     try:
         size = file.stat().st_size
         with open(file, "rb") as f:
-            prefix = f.read(8)
+            prefix = f.read(32)
+            if prefix.startswith(gguf.MAGIC):
+                return gguf.read_header(file, f, size)
+            _refuse_foreign(file, prefix)
+            f.seek(8)
+            prefix = prefix[:8]
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise CalibQuantError(_not_safetensors(file, size, length))
@@ -170,7 +170,15 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str], int
     _check_extent(file, entries, 8 + length, size)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CalibQuantError(f"{file}: __metadata__ in the header must map text to text: save the file again")
-    return entries, metadata, size
+    return Header(entries, metadata, size, 8 + length)
+
+
+def _refuse_foreign(file: Path, beginning: bytes) -> None:
+    if beginning[8:9] == b"{":  # a safetensors header, whatever its length looks like
+        return
+    for magic, (problem, remedy) in _FOREIGN.items():
+        if beginning.startswith(magic):
+            raise CalibQuantError(f"{file}: {problem}: {remedy}")
 
 
 def _entry(file: Path, name: str, value: Mapping[str, Any], base: int) -> TensorEntry:
@@ -204,6 +212,8 @@ def _check_extent(file: Path, entries: Mapping[str, TensorEntry], base: int, siz
 def _not_safetensors(file: Path, size: int, length: int) -> str:
     if size == 0:
         return f"{file}: is empty: download it again"
+    if file.suffix.lower() in _PICKLES:  # in a form so old that its beginning does not tell
+        return f"{file}: {': '.join(_PICKLE)}"
     if size < 10:
         return f"{file}: has {size} bytes, too few for a safetensors file: download it again"
     return (
@@ -214,11 +224,7 @@ def _not_safetensors(file: Path, size: int, length: int) -> str:
 
 def _files_of(path: Path) -> list[Path]:
     if os.path.isdir(path):
-        found = _candidates(path)
-        if len(found) != 1:
-            what = "no .safetensors file" if not found else f"{len(found)} candidates"
-            raise CalibQuantError(f"{path}: {what} in this folder: name one file")
-        return _files_of(found[0])
+        return _files_of(_only_candidate(path))
     check_input(path)
     if path.name.endswith(".json"):
         shards = [path.parent / name for name in dict.fromkeys(_weight_map(path).values())]
@@ -229,13 +235,47 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def _candidates(folder: Path) -> list[Path]:
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)(?=\.)")  # of a file in a diffusers folder
+_PIPELINE = "model_index.json"
+_MODELS = ("transformer", "transformer_2", "unet")  # folders of a pipeline that hold a diffusion model
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")
+
+
+def _only_candidate(folder: Path) -> Path:
+    """The one model in a folder: of a pipeline its diffusion model, of variants the one without a mark."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as e:
         raise CalibQuantError(f"{folder}: cannot be read: {reason(e)}: check its permissions") from e
-    indexes = [folder / name for name in names if name.endswith(".safetensors.index.json")]
-    return indexes or [folder / name for name in names if name.endswith(".safetensors")]
+    if _PIPELINE in names:
+        return _only_candidate(_model_of_pipeline(folder, names))
+    found = [name for name in names if re.search(r"\.safetensors\.index\.(\w+\.)?json$", name)]
+    found = found or [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    found = [name for name in found if (plain := _VARIANT.sub("", name)) == name or plain not in found]
+    if len(found) == 1 and not _SHARD.search(found[0]):
+        return folder / found[0]
+    if any(_SHARD.search(name) for name in found):
+        problem, remedy = "shards without their index", "download the *.safetensors.index.json that lies beside them"
+    elif found:
+        problem, remedy = f"{len(found)} candidates in this folder", "name one file"
+    elif any(name.endswith(_PICKLES) for name in names):
+        problem, remedy = "no .safetensors file in this folder, only pickles", _PICKLE[1]
+    else:
+        problem, remedy = "no .safetensors file in this folder", "name one file"
+    raise CalibQuantError(f"{folder}: {problem}: {remedy}")
+
+
+def _model_of_pipeline(folder: Path, names: list[str]) -> Path:
+    found = [name for name in _MODELS if name in names and os.path.isdir(folder / name)]
+    if len(found) == 1:
+        return folder / found[0]
+    if not found:
+        raise CalibQuantError(
+            f"{folder}: is a pipeline ({_PIPELINE}) without a folder {' or '.join(_MODELS)}: download it whole, or "
+            "name the folder of the part"
+        )
+    which = " or ".join(str(folder / name) for name in found)
+    raise CalibQuantError(f"{folder}: is a pipeline of {len(found)} models: name one of them, {which}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -256,7 +296,7 @@ def _is_name(text: str) -> bool:
 
 def _check_index(path: Path, entries: Mapping[str, TensorEntry]) -> None:
     if os.path.isdir(path):
-        path = _candidates(path)[0]
+        path = _only_candidate(path)
     if path.name.endswith(".json"):
         for name, shard in _weight_map(path).items():
             if name not in entries or entries[name].file.name != shard:

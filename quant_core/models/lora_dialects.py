@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import CalibQuantError
 from ..files.header import TensorEntry
-from .diffusers import LAYOUTS
+from .layouts import LAYOUTS
 from .lora import PREFIX
 from .modelfile import FLOATS
 
@@ -122,9 +122,10 @@ def _rows(known: Collection[str]) -> Iterator[tuple[str, str]]:
     """Layers like the known ones in other blocks, under their own names, then under those of diffusers' layouts."""
     yield from ((name, name) for name in sorted({_NUMBER.sub("*", layer, count=1) for layer in known}))
     kinds = {_NUMBER.sub("*", layer) for layer in known}
-    for table in (layout.table(_unet_keys(known)) for layout in LAYOUTS):
-        if not kinds.isdisjoint(_NUMBER.sub("*", native) for native in table):
-            yield from ((native, stored) for native, stored in table.items() if "[" not in stored)
+    tables = [layout.table(_unet_keys(known)) for layout in LAYOUTS]
+    alike = [len(kinds.intersection(_NUMBER.sub("*", native) for native in table)) for table in tables]
+    for i in sorted(range(len(tables)), key=lambda i: -alike[i]):  # families share a few names: the likest comes first
+        yield from ((native, stored) for native, stored in tables[i].items() if alike[i] and "[" not in stored)
 
 
 def _unet_keys(known: Collection[str]) -> list[str]:

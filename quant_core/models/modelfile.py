@@ -1,11 +1,12 @@
 """A model file to be quantized: its family, its layers, its FP8 dialect. Headers only, no torch.
 
-FP8 files with scales come in three dialects. Each is one row of ``DIALECTS``; their weights are multiplied by
-their scale when read (``source``), so that everything downstream sees the real weights.
+FP8 files with scales come in dialects. Each is one row of ``DIALECTS``; their weights are multiplied by their scale
+when read (``source``), so that everything downstream sees the real weights.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -41,7 +42,10 @@ DIALECTS = (
     NATIVE,
     Dialect("scaled_fp8", "legacy scaled_fp8", ".scale_weight", ".scale_input", marker="scaled_fp8"),
     Dialect("hswq", "HSWQ V2 (.scale)", ".scale"),
+    # A factor in spite of its name: DeepSeek's, and what transformers writes (FineGrainedFP8Config).
+    Dialect("blocks", "FP8 of transformers (.weight_scale_inv)", ".weight_scale_inv", ".activation_scale"),
 )
+SCALE_BLOCK = 128  # rows and columns that share a scale in files with a matrix of them
 
 
 class ModelFile:
@@ -53,15 +57,19 @@ class ModelFile:
     diffusion model's keys begin with in this file; all other keys (CLIP, VAE of an all-in-one checkpoint) are copied
     untouched.
 
-    Raises CalibQuantError for a file that is quantized already (anything but FP8) or holds no layer to quantize.
+    Raises CalibQuantError for a file that is quantized already (anything but FP8 and GGUF's Q8_0) or holds no layer to
+    quantize. lossy: GGUF types below Q8_0 are taken, too.
     """
 
     reader: type[Headers] = Headers
 
-    def __init__(self, path: str | os.PathLike[str], architecture: str | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], architecture: str | None = None, lossy: bool = False) -> None:
         self.checkpoint = self.reader(path)
         self.path = self.checkpoint.path
         _refuse_lora(self.path, self.checkpoint.entries)
+        _refuse_llama(self.path, self.checkpoint.entries)
+        if not lossy:
+            _refuse_lossy(self.path, self.checkpoint.entries)
         present(self.checkpoint)
         keys = self.checkpoint.entries
         self.prefix = split_prefix(keys)
@@ -70,7 +78,8 @@ class ModelFile:
         model_shapes = {k: e.shape for k, e in keys.items() if k.startswith(self.prefix)}
         self.architecture: Architecture = by_name(architecture) if architecture else detect(model_shapes, model_shapes)
         self.consumed = self._consumed_keys()
-        weights = [k for k, e in keys.items() if self._is_weight(k, e)]
+        self._refuse_unknown_scales()
+        weights = [k for k, _ in self._weights()]
         matrices = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2]
         self.layers: dict[str, LayerInfo] = self.architecture.describe_file(matrices, keys)
         self.banks = [k for k in weights if len(keys[k].shape) == 3 and ".experts." in k]
@@ -101,15 +110,20 @@ class ModelFile:
         return key if stored_as_fp8 and key in self.checkpoint.entries else None
 
     def is_scaled(self, key: str) -> bool:
-        """Whether this key is an FP8 weight with a scale of its own."""
-        is_weight = key.endswith(".weight") and key.startswith(self.prefix)
-        return is_weight and self.scale_key(key.removesuffix(".weight")) is not None
+        """Whether this key is a weight stored as codes and scales: FP8 with a scale of its own, or GGUF's blocks."""
+        if not (key.endswith(".weight") and key.startswith(self.prefix)):
+            return False
+        return (
+            self.checkpoint.entries[key].blocks is not None or self.scale_key(key.removesuffix(".weight")) is not None
+        )
 
     def warnings(self) -> list[str]:
         """What the user should know before quantizing this file."""
         fp8 = [n for n in self.layers if self.checkpoint.entries[n + ".weight"].dtype in FP8]
         unscaled = [n for n in fp8 if not self.scale_key(n)]
         notes = []
+        for name, count in Counter(e.blocks.name for k, e in self._weights() if e.blocks).items():
+            notes.append(f"{count} weights are GGUF {name}, dequantized first: a 16-bit source gives less error")
         if unscaled:
             notes.append(f"{len(unscaled)} layers are FP8 without a scale: what that cast lost cannot be restored")
         elif fp8:
@@ -135,6 +149,9 @@ class ModelFile:
             f"kept by rule: {reasons or 'nothing'}; which layers share an input is not known"
         )
 
+    def _weights(self) -> list[tuple[str, TensorEntry]]:
+        return [(key, entry) for key, entry in self.checkpoint.entries.items() if self._is_weight(key, entry)]
+
     def _is_weight(self, key: str, entry: TensorEntry) -> bool:
         return key.startswith(self.prefix) and key.endswith(".weight") and entry.dtype in FLOATS
 
@@ -151,13 +168,26 @@ class ModelFile:
         """Keys that belong to the source's own quantization and must not reach the output."""
         if not self.dialect:
             return frozenset()
-        suffixes = [s for s in (self.dialect.scale, self.dialect.input_scale, ".comfy_quant") if s]
+        suffixes = [self.dialect.scale, ".comfy_quant", *(d.input_scale for d in DIALECTS if d.input_scale)]
         markers = {self.prefix + self.dialect.marker, self.dialect.marker} if self.dialect.marker else set()
         return frozenset(
             key
             for key in self.checkpoint.entries
             if key in markers or any(key.endswith(s) and self._has_weight(key, s) for s in suffixes)
         )
+
+    def _refuse_unknown_scales(self) -> None:
+        """An FP8 weight whose scale went unseen would be wrong without a word."""
+        for key in self.checkpoint.entries:
+            layer, _, suffix = key.removeprefix(self.prefix).replace(".weight.", ".", 1).rpartition(".")
+            weight = f"{self.prefix}{layer}.weight"
+            if "scale" not in suffix or key in self.consumed or weight not in self.checkpoint.entries:
+                continue
+            if self.checkpoint.entries[weight].dtype in FP8:
+                raise CalibQuantError(
+                    f"{self.path}: layer {self.prefix}{layer} is FP8 beside {key}, a scale that is not known here: "
+                    "quantize from the 16-bit original"
+                )
 
     def _has_weight(self, key: str, suffix: str) -> bool:
         return key.startswith(self.prefix) and key.removesuffix(suffix) + ".weight" in self.checkpoint.entries
@@ -173,6 +203,24 @@ class ModelFile:
                 raise CalibQuantError(_already(self.path, key.rpartition(".")[0], "mxfp8"))
 
 
+def scale_step(path: Path, layer: str, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a weight that share one scale: all, one row, or a block. By shape alone, and never a guess.
+
+    Raises CalibQuantError when the scales do not fit the weight.
+    """
+    rows, columns = shape[0] if shape else 1, math.prod(shape[1:])
+    if math.prod(scales) == 1:
+        return max(rows, 1), max(columns, 1)
+    if scales in ((rows,), (rows, *[1] * (len(shape) - 1))):
+        return 1, max(columns, 1)
+    if len(shape) == 2 and scales == (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)):
+        return SCALE_BLOCK, SCALE_BLOCK
+    raise CalibQuantError(
+        f"{path}: layer {layer} has a scale of shape {scales}, neither per tensor nor per row nor per block of "
+        f"{SCALE_BLOCK} × {SCALE_BLOCK}: quantize from the 16-bit original"
+    )
+
+
 def _already(path: Path, layer: str, fmt: str) -> str:
     return f"{path}: layer {layer} is quantized already ({fmt}): quantize from the 16-bit original"
 
@@ -180,3 +228,19 @@ def _already(path: Path, layer: str, fmt: str) -> str:
 def _refuse_lora(path: Path, keys: dict[str, TensorEntry]) -> None:
     if any(".lora_up." in k or ".lora_A." in k or ".lora_B." in k for k in keys):
         raise CalibQuantError(f"{path}: is a LoRA, not a model: give the diffusion model itself")
+
+
+def _refuse_llama(path: Path, keys: dict[str, TensorEntry]) -> None:
+    if found := next((k for k in keys if k.startswith(("blk.", "enc.blk.", "v.blk."))), None):
+        raise CalibQuantError(
+            f"{path}: is a language model in llama.cpp's names (it has {found}), not a diffusion model: give the "
+            "diffusion model, or the text encoder's .safetensors release"
+        )
+
+
+def _refuse_lossy(path: Path, keys: dict[str, TensorEntry]) -> None:
+    if found := next((e for e in keys.values() if e.blocks and e.blocks.lossy), None):
+        raise CalibQuantError(
+            f"{path}: tensor {found.name} is GGUF {found.stored}, which has lost too much to be quantized again: take "
+            "the 16-bit or Q8_0 file, or insist with --allow-lossy on the command line"
+        )

@@ -1,4 +1,4 @@
-"""The weights of a model file: read one at a time, dequantized where the file is scaled FP8."""
+"""The weights of a model file: read one at a time, dequantized where the file is scaled FP8 or GGUF."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CalibQuantError
 from ..files.checkpoint import DTYPES, Checkpoint
-from .modelfile import ModelFile
+from .modelfile import ModelFile, scale_step
 
 
 class Source(ModelFile):
@@ -19,7 +18,7 @@ class Source(ModelFile):
     checkpoint: Checkpoint
 
     def load(self, layer: str) -> torch.Tensor:
-        """The real weight ``[out, in]`` in the dtype on disk, or in float32 where an FP8 scale was applied.
+        """The real weight ``[out, in]`` in the dtype on disk, or in float32 where it is dequantized.
 
         Raises CalibQuantError when the scale does not fit the weight.
         """
@@ -31,7 +30,7 @@ class Source(ModelFile):
 
     def kept_dtype(self, layer: str) -> torch.dtype:
         """The dtype in which the weight is written when a plan leaves it alone."""
-        if self.scale_key(layer):
+        if self.is_scaled(layer + ".weight"):
             return self.model_dtype
         return DTYPES[self.checkpoint.entries[layer + ".weight"].dtype]
 
@@ -47,13 +46,12 @@ class Source(ModelFile):
 
 
 def apply_scale(path: Path, layer: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 weight * scale for a scale of one element or one per output row."""
-    scale = scale.float()
-    if scale.numel() == 1:
-        return weight.float() * scale.reshape(())
-    if weight.dim() and scale.numel() == weight.shape[0]:
-        return weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    raise CalibQuantError(
-        f"{path}: layer {layer} has a scale of shape {tuple(scale.shape)}, which is neither per tensor nor per row: "
-        "quantize from the 16-bit original"
-    )
+    """float32 weight * scale for a scale per tensor, per output row or per block."""
+    rows, columns = scale_step(path, layer, tuple(weight.shape), tuple(scale.shape))
+    if not weight.dim():
+        return weight.float() * scale.float().reshape(())
+    flat = weight.float().reshape(weight.shape[0], -1)
+    scale = scale.float().reshape(-(-flat.shape[0] // rows), -1).repeat_interleave(rows, 0)[: flat.shape[0]]
+    if scale.shape[1] > 1:
+        scale = scale.repeat_interleave(columns, 1)[:, : flat.shape[1]]
+    return (flat * scale).view(weight.shape)

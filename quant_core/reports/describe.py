@@ -29,8 +29,12 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         for key, entry in model.items():
             if key.endswith(".weight") and len(entry.shape) == 2:
                 layer = key.removesuffix(".weight")
-                bare = "float8_e4m3fn_unscaled" if entry.dtype in FP8 else entry.dtype
-                layers[layer] = {"format": declared.get(layer, bare), "shape": list(entry.shape), "bytes": entry.nbytes}
+                bare = "float8_e4m3fn_unscaled" if entry.dtype in FP8 else entry.stored
+                layers[layer] = {
+                    "format": declared.get(layer, bare),
+                    "shape": list(entry.shape),
+                    "bytes": entry.stored_nbytes,
+                }
         return {
             "file": str(file.path),
             "files": len(file.files),
@@ -61,5 +65,5 @@ def _layout(file: Headers) -> str:
 def _bytes_per_dtype(file: Headers) -> dict[str, int]:
     totals: Counter[str] = Counter()
     for entry in file.entries.values():
-        totals[entry.dtype] += entry.nbytes
+        totals[entry.stored] += entry.stored_nbytes
     return dict(totals.most_common())
