@@ -163,7 +163,7 @@ def _prefix(source: Source, row: easy.Card) -> str:
 
 def _sentence(report: Report, plan: Plan, model_name: str, loader_name: str, there: bool) -> str:
     """All that a person asks first, in one line."""
-    loader = "Load Checkpoint" if model_name.startswith(folders.CHECKPOINTS) else "Load Diffusion Model"
+    loader = folders.loader_of(model_name)
     parts = [
         change_of_size(report.bytes_before, report.bytes_after),
         *([f"already there: {loader_name}"] if there else ["checked", f"saved as {loader_name}"]),

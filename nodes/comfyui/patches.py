@@ -138,9 +138,14 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
 
 def path_of(model: Any) -> Path | None:
     """The file that the MODEL was loaded from; None when the loader left no trace of it."""
-    loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
-    path = next(iter(loader[1]), None) if loader else None
-    return Path(path) if isinstance(path, str) else None
+    return next(iter(paths_of(model)), None)
+
+
+def paths_of(patcher: Any) -> list[Path]:
+    """The files that a patcher's model was loaded from: one, but a CLIP's may be several."""
+    loader = getattr(patcher, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
+    first = next(iter(loader[1]), None) if loader else None
+    return [Path(path) for path in ([first] if isinstance(first, str) else first or []) if isinstance(path, str)]
 
 
 def _source_of(model: Any) -> dict[str, str]:
