@@ -98,6 +98,8 @@ class Architecture:
     shape_read: Rules = ()
     notes: Rules = ()
     folds: tuple[FoldRule, ...] = ()
+    part: str = "model"  # of a checkpoint: the diffusion model, "te" a text encoder, "vision" or "vae"
+    unread: Rules = ()  # what ComfyUI's class reads no scales for, besides what no class does
 
     def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """True if these keys (and shapes, where known), without prefix, are a model of this family."""
@@ -115,7 +117,7 @@ class Architecture:
         outside the blocks and is protected.
         """
         layer = layer.removesuffix(".weight")
-        name = layer.removeprefix(prefix_of(layer))
+        name = self._bare(layer)
         subgraph, block, kind = self._place(name)
         protected = _first_match(self.protected, name)
         if block is None:
@@ -129,10 +131,15 @@ class Architecture:
         routed = {key.partition(_EXPERTS)[0] for key in keys if _EXPERTS in key}
         infos = {}
         for layer in layers:
-            reason = _not_linear(layer, keys, routed)
+            name = self._bare(layer)
+            reason = _first_match(self.unread, name) or _not_linear(layer, name, keys, routed)
             info = self.describe(layer)
             infos[layer] = replace(info, protected=reason, not_linear=reason) if reason else info
         return infos
+
+    def _bare(self, layer: str) -> str:
+        """The name without prefix. Other parts than the model have none: in theirs "model." is part of the name."""
+        return layer.removeprefix(prefix_of(layer)) if self.part == "model" else layer
 
     def _place(self, name: str) -> tuple[str, int | None, str]:
         for subgraph, pattern in self.blocks:
@@ -160,13 +167,12 @@ def _first_match(rules: Rules, name: str) -> str:
     return next((reason for pattern, reason in rules if re.search(pattern, name)), "")
 
 
-def _not_linear(layer: str, keys: Collection[str], routed: Collection[str]) -> str:
+def _not_linear(layer: str, name: str, keys: Collection[str], routed: Collection[str]) -> str:
     """Why the loader does not run this weight as a Linear, "" if it does, as far as names can tell.
 
     A loader reads scales for Linears only. Any other matrix would be used without its scale, and nobody would say so.
-    ``routed``: the modules that have experts.
+    ``name``: the layer's without prefix. ``routed``: the modules that have experts.
     """
-    name = layer.removeprefix(prefix_of(layer))
     if reason := _first_match(_RUN_OTHERWISE, name):
         return reason
     kind = _NUMBERED_TABLE.sub(r"\1", name).rpartition(".")[2]
@@ -183,7 +189,7 @@ _EXPERTS = ".experts."
 _ROUTER = re.compile(r"(.+)\.(?:gate|router)(?:\.[^.]+)?")  # beside experts; elsewhere a gate is a Linear (SwiGLU)
 # No table has a bias, and nearly every Linear with such a name (x_embedder, cond_embed) has one.
 _TABLE = re.compile(
-    r".*emb.*|(?:.*_)?tokens?|shared|relative_attention_bias|wte|wpe|codebook|"
+    r"(?!embedding_projection).*emb.*|(?:.*_)?tokens?|shared|relative_attention_bias|wte|wpe|codebook|"
     r"timestep_features|reference_points|trainable_cond_mask"  # Stable Audio, SAM 3, Wan S2V
 )
 _NUMBERED_TABLE = re.compile(r"(embeddings)\.\d+$")
