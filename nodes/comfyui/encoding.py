@@ -63,7 +63,9 @@ def find_encoder(clip: Any, file: ModelFile) -> Encoder:
                     places.setdefault(name.removesuffix(spelling), {})[spelling] = layer
     prefix = max(places, key=lambda place: len(places[place]), default=None)
     if prefix is None:
-        raise CalibQuantError(f"{file.path}: no encoder of the linked CLIP has its layers: load the CLIP from this file")
+        raise CalibQuantError(
+            f"{file.path}: no encoder of the linked CLIP has its layers: load the CLIP from this file"
+        )
     for name in here:
         below = name.removeprefix(prefix)
         if name.startswith(prefix) and _numbered(below) and below not in places[prefix]:

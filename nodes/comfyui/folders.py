@@ -22,7 +22,7 @@ CALIBRATION_SUFFIX = ".calibration.safetensors"
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
 HELD_OUT_PROMPTS = PACK / "workflows" / "prompts" / "held_out.txt"
 MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
-# How all-in-one checkpoints and text encoders are told from diffusion models in one list: by ComfyUI's own folder of them.
+# Told from diffusion models in one list by the name of their folder, which comes first: checkpoints/NAME.
 OTHERS = ("checkpoints", "text_encoders")
 LOADERS = {"checkpoints": "Load Checkpoint", "text_encoders": "Load CLIP", "diffusion_models": "Load Diffusion Model"}
 SAVED_IN = {"text_encoders": "clip"}  # below output: ComfyUI lists that folder under its old name

@@ -43,6 +43,8 @@ def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Te
 
     Raises CalibQuantError when the MODEL was not loaded from this file, patched or not, or runs what is no patch.
     """
+    if source.architecture.part == "te":
+        raise CalibQuantError(f"{source.path}: is a text encoder, which no MODEL has LoRAs for: unlink the MODEL")
     _check_origin(model, source)
     if model.injections:
         raise CalibQuantError(

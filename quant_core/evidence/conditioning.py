@@ -11,7 +11,7 @@ from .likeness import relative_error
 
 @dataclass(frozen=True)
 class Closeness:
-    """Of one prompt's conditioning. error: ||A - B||^2 / ||A||^2 over all tokens; mean, median and worst: of a token."""
+    """Of one prompt's conditioning. error: ||A - B||^2 / ||A||^2 of all tokens; mean, median and worst: of a token."""
 
     tokens: int
     error: float
@@ -27,8 +27,12 @@ def compare(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None
 
     Tokens that are zero in ``wanted`` do not count: an encoder writes zeros where nothing is to be read.
     """
-    a, b = tokens_of(wanted, wanted, mask), tokens_of(found, wanted, mask)
-    errors, cosines = token_errors(b, a), torch.cosine_similarity(a, b, dim=1)
+    a, b = (each.double().reshape(-1, each.shape[-1]) for each in (wanted, found))
+    counts = a.square().sum(1) > 0
+    if mask is not None and mask.numel() == len(a):
+        counts &= mask.reshape(-1).bool()
+    a, b = a[counts], b[counts]
+    errors, cosines = (b - a).square().sum(1) / a.square().sum(1), torch.cosine_similarity(a, b, dim=1)
     return Closeness(
         len(a),
         relative_error(b, a),
@@ -40,22 +44,8 @@ def compare(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None
     )
 
 
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean error of a token between different prompts [..., tokens, width], of the tokens that both have."""
-    count = min(one.shape[-2], other.shape[-2])
-    one, other = one[..., :count, :], other[..., :count, :]
-    return token_errors(tokens_of(other, one, None), tokens_of(one, one, None)).mean().item()
-
-
-def token_errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """||a - b||^2 / ||a||^2 of each row of float64 [tokens, width]."""
-    return (found - wanted).square().sum(1) / wanted.square().sum(1)
-
-
-def tokens_of(cond: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The tokens of a conditioning that count, float64 [tokens, width]."""
-    rows, reference = (each.double().reshape(-1, each.shape[-1]) for each in (cond, wanted))
-    counts = reference.square().sum(1) > 0
-    if mask is not None and mask.numel() == len(rows):
-        counts &= mask.reshape(-1).bool()
-    return rows[counts]
+def distance(found: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """The mean error of a token between two prompts, of the places that both have; mask: of ``wanted``."""
+    count = min(found.shape[-2], wanted.shape[-2])
+    mask = mask[..., :count] if mask is not None and mask.numel() == wanted[..., 0].numel() else None
+    return compare(found[..., :count, :], wanted[..., :count, :], mask).mean
