@@ -6,8 +6,10 @@ as loud (the norms' weights), which is what trained encoders have.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,9 @@ QWEN = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
-T5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4}
-T5_VOCABULARY = 32128
+T5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "vocab_size": 32128}
 
-# A custom node that makes ComfyUI take a narrow Qwen3 for the 4B, which it knows by its width.
+# A custom node: ComfyUI takes a narrow Qwen3 for the 4B and a narrow T5 for XXL, which it knows by their widths.
 NARROW = f"""
 import dataclasses
 import comfy.sd
@@ -41,6 +42,8 @@ def detect(sd):
     if "model.layers.0.self_attn.q_norm.weight" in sd:
         llama.Qwen3_4BConfig = Narrow
         return comfy.sd.TEModel.QWEN3_4B
+    if "encoder.block.23.layer.1.DenseReluDense.wi_1.weight" in sd:
+        return comfy.sd.TEModel.T5_XXL
     return as_it_is(sd)
 
 
@@ -79,14 +82,38 @@ def t5(seed: int = 0, every_bias: bool = False) -> models.Tensors:
         shapes |= {f"{at}{j}.layer_norm.weight": (width,) for j in range(2)}
         if every_bias or i == 0:
             biases[f"{at}0.SelfAttention.relative_attention_bias.weight"] = (32, heads)
-    return {"shared.weight": _embedding(T5_VOCABULARY, width), **_drawn(shapes | biases, seed)}
+    return {"shared.weight": _embedding(T5["vocab_size"], width), **_drawn(shapes | biases, seed)}
+
+
+def clip_l(width: int = 768) -> models.Tensors:
+    """One layer of CLIP-L: as little of it as ComfyUI still knows for what it is."""
+    at = "text_model.encoder.layers.0."
+    return {f"{at}mlp.fc1.weight": torch.zeros(4 * width, width), f"{at}layer_norm1.weight": torch.ones(width)}
+
+
+@contextlib.contextmanager
+def narrow() -> Iterator[None]:
+    """In this process what NARROW does in a server's."""
+    sd, llama = (importlib.import_module(name) for name in ("comfy.sd", "comfy.text_encoders.llama"))
+    before = sd.detect_te_model, llama.Qwen3_4BConfig
+    try:
+        exec(NARROW, {})
+        yield
+    finally:
+        sd.detect_te_model, llama.Qwen3_4BConfig = before
 
 
 def spiece() -> torch.Tensor:
-    """A tokenizer's file as a tensor, as UMT5's files carry it."""
-    folder = Path(importlib.import_module("comfy.text_encoders").__path__[0])
-    content = (folder / "t5_pile_tokenizer" / "tokenizer.model").read_bytes()
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    """A tokenizer's file as a tensor, as UMT5's files carry it; its special tokens are UMT5's."""
+    import sentencepiece
+
+    lines = (models.ROOT / "workflows" / "prompts" / "varied.txt").read_text("utf-8").splitlines()
+    made = io.BytesIO()
+    special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=made, vocab_size=300, minloglevel=2, **special
+    )
+    return torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)
 
 
 def load(*paths: Path, kind: str, config: Mapping[str, Any] | None = None, name: str = "") -> Any:

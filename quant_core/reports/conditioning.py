@@ -49,7 +49,6 @@ class Encoded(Compared):
 
     prompts: list[Prompt] = field(default_factory=list)
     other_prompts: list[float] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def measures(self) -> dict[str, Summary]:
         """Over prompts, by title."""
@@ -108,7 +107,6 @@ class Encoded(Compared):
             *([f"another prompt: a token's mean relative error is {_shown(other.mean)}"] if other else []),
             *([f"files: {change_of_size(self.bytes_before, self.bytes_after)}"] if both else []),
             *([few] if len(self.prompts) < FEW else []),
-            *self.notes,
         ]
 
     def _measures(self) -> list[list[str]]:
