@@ -56,7 +56,8 @@ class CalibQuantEasy(io.ComfyNode):
                     "model_name",
                     options=folders.model_names(),
                     default=folders.first_original(),
-                    tooltip="The 16-bit model file. All-in-one checkpoints are listed as checkpoints/NAME.",
+                    tooltip="The 16-bit model file. All-in-one checkpoints are listed as checkpoints/NAME, "
+                    "text encoders as text_encoders/NAME.",
                 ),
                 io.Combo.Input(
                     "card",
@@ -89,7 +90,9 @@ class CalibQuantEasy(io.ComfyNode):
             ],
             outputs=[
                 # "*" because the stock loaders' drop-downs take a link of no narrower type
-                io.AnyType.Output("model_name", tooltip="Name of the file; link it to Load Diffusion Model."),
+                io.AnyType.Output(
+                    "model_name", tooltip="Name of the file; link it to Load Diffusion Model (Load CLIP)."
+                ),
                 ReportType.Output("report", tooltip="Sizes and the error of every layer."),
             ],
             hidden=[io.Hidden.unique_id],

@@ -24,7 +24,7 @@ RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."), ("
 
 @dataclass(frozen=True)
 class Encoder:
-    """What runs one file in a CLIP, which may hold several. layers: name of a Linear in ``module`` -> in the file.
+    """What runs one file in a CLIP, which may hold several. layers: a Linear's name in ``module`` -> the file's, bare.
 
     zeroes_padding: what it makes of padding is thrown away, and no other token looks at it.
     """
@@ -57,10 +57,11 @@ def find_encoder(clip: Any, file: ModelFile) -> Encoder:
     shapes = {name: (module.out_features, module.in_features) for name, module in here.items()}
     places: dict[str, dict[str, str]] = {}  # prefix of a module -> its Linears that the file has
     for layer in file.layers:
-        for spelling in _spellings(layer):
+        bare = layer.removeprefix(file.prefix)
+        for spelling in _spellings(bare):
             for name in (name for name in here if name == spelling or name.endswith(f".{spelling}")):
                 if shapes[name] == file.shape(layer):
-                    places.setdefault(name.removesuffix(spelling), {})[spelling] = layer
+                    places.setdefault(name.removesuffix(spelling), {})[spelling] = bare
     prefix = max(places, key=lambda place: len(places[place]), default=None)
     if prefix is None:
         raise CalibQuantError(
