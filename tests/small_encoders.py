@@ -193,12 +193,16 @@ def layout(encoder: Encoder, narrow: bool) -> tuple[Shapes, set[str]]:
 
 
 def random_state(shapes: Shapes, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Weights, norms and biases, none of them a one or a zero by chance."""
+    """Weights, norms and biases, none of them a one or a zero by chance.
+
+    Weights are small, as those of a trained model are beside the stream that they add to: where attention is all or
+    nothing, forty random layers make anything of a rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     state = {}
     for key, shape in shapes.items():
         base = 1.0 if len(shape) == 1 and "norm" in key else 0.0
-        spread = 0.1 if len(shape) <= 1 else shape[-1] ** -0.5
+        spread = 0.1 if len(shape) <= 1 else 0.4 * shape[-1] ** -0.5
         state[key] = (base + torch.randn(shape, generator=generator) * spread).to(dtype)
     return state
 

@@ -167,7 +167,7 @@ class ModelFile:
         """Of some files the loader reads no scale at all."""
         row = self.architecture
         if row.unread and all(info.not_linear for info in self.layers.values()):
-            raise CalibQuantError(f"{self.path}: {row.title}: {row.unread[0][1]}: leave this file as it is")
+            raise CalibQuantError(f"{self.path}: {row.title}: {row.unread[0][1]}: leave it as it is")
 
     def _refuse_quantized(self) -> None:
         for layer, fmt in declared_formats(self.checkpoint, self.prefix).items():
