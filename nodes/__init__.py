@@ -10,8 +10,10 @@ from .calibrate import (
     CalibQuantMonitor,
     CalibQuantSaveCalibration,
 )
+from .calibrate_clip import CalibQuantCalibrateClip
 from .comfyui import folders
 from .compare import CalibQuantCompare
+from .compare_clip import CalibQuantCompareClip
 from .easy import CalibQuantEasy
 from .lora import CalibQuantErrorLora, CalibQuantLoadSplit
 from .plan import CalibQuantPlan
@@ -25,7 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     *(CalibQuantProbe, CalibQuantPlan, CalibQuantQuantize, CalibQuantPromptSet, CalibQuantLoadPromptSet),
     *(CalibQuantMonitor, CalibQuantCalibrate, CalibQuantSaveCalibration, CalibQuantLoadCalibration),
     *(CalibQuantErrorLora, CalibQuantLoadSplit, CalibQuantSensitivity, CalibQuantRefinePlan),
-    *(CalibQuantCompare, CalibQuantEasy),
+    *(CalibQuantCompare, CalibQuantEasy, CalibQuantCalibrateClip, CalibQuantCompareClip),
 ]
 
 

@@ -20,7 +20,7 @@ NONE = "none"
 _MONITORS: dict[Path, Recorder] = {}  # one per file, for as long as ComfyUI runs
 
 
-def _rows_input() -> io.Int.Input:
+def rows_input() -> io.Int.Input:
     return io.Int.Input(
         "rows",
         default=engine.ROWS,
@@ -48,7 +48,7 @@ class CalibQuantMonitor(io.ComfyNode):
                     default="my_model",
                     tooltip="File name below output/calibrations. Saved after every run; continued after a restart.",
                 ),
-                _rows_input(),
+                rows_input(),
                 io.Boolean.Input(
                     "reset",
                     default=False,
@@ -89,7 +89,7 @@ class CalibQuantCalibrate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The 16-bit model you want to quantize, with or without LoRAs."),
                 prompts_input(),
                 *sampling_inputs(32),
-                _rows_input(),
+                rows_input(),
                 negative_input(),
                 io.Int.Input(
                     "first",
@@ -129,17 +129,18 @@ class CalibQuantCalibrate(io.ComfyNode):
             sample_all(sampling.observe(model, recorder), jobs, negative, latent, settings, begin, cls.hidden.unique_id)
         except BaseException:  # a cancel is no Exception; what finished runs gave must not be lost
             recorder.save()
-            feedback.tell_kept(cls.hidden.unique_id, _kept(recorder, samples))
+            feedback.tell_kept(cls.hidden.unique_id, kept(recorder, samples, "sample"))
             raise
         collected = recorder.current()
         recorder.path.unlink(missing_ok=True)
         return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText(summary(collected)))
 
 
-def _kept(recorder: Recorder, samples: int) -> str:
+def kept(recorder: Recorder, total: int, what: str) -> str:
+    """What a node that ends early leaves behind; what: a sample, a prompt."""
     if not recorder.runs():
-        return "nothing was kept: no sample was finished"
-    return f"{recorder.runs()} of {samples} samples are in {folders.shown(recorder.path)}"
+        return f"nothing was kept: no {what} was finished"
+    return f"{recorder.runs()} of {total} {what}s are in {folders.shown(recorder.path)}"
 
 
 def check_negative(cfg: float, negative: Any) -> None:

@@ -56,7 +56,8 @@ class CalibQuantEasy(io.ComfyNode):
                     "model_name",
                     options=folders.model_names(),
                     default=folders.first_original(),
-                    tooltip="The 16-bit model file. All-in-one checkpoints are listed as checkpoints/NAME.",
+                    tooltip="The 16-bit model file. All-in-one checkpoints are listed as checkpoints/NAME, "
+                    "text encoders as text_encoders/NAME.",
                 ),
                 io.Combo.Input(
                     "card",
@@ -89,7 +90,9 @@ class CalibQuantEasy(io.ComfyNode):
             ],
             outputs=[
                 # "*" because the stock loaders' drop-downs take a link of no narrower type
-                io.AnyType.Output("model_name", tooltip="Name of the file; link it to Load Diffusion Model."),
+                io.AnyType.Output(
+                    "model_name", tooltip="Name of the file; link it to Load Diffusion Model (Load CLIP)."
+                ),
                 ReportType.Output("report", tooltip="Sizes and the error of every layer."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -163,7 +166,7 @@ def _prefix(source: Source, row: easy.Card) -> str:
 
 def _sentence(report: Report, plan: Plan, model_name: str, loader_name: str, there: bool) -> str:
     """All that a person asks first, in one line."""
-    loader = "Load Checkpoint" if model_name.startswith(folders.CHECKPOINTS) else "Load Diffusion Model"
+    loader = folders.loader_of(model_name)
     parts = [
         change_of_size(report.bytes_before, report.bytes_after),
         *([f"already there: {loader_name}"] if there else ["checked", f"saved as {loader_name}"]),

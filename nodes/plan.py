@@ -54,7 +54,8 @@ class CalibQuantPlan(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=folders.model_names(),
-                    tooltip="The 16-bit model file to quantize. All-in-one checkpoints are listed as checkpoints/NAME.",
+                    tooltip="The 16-bit model file to quantize. All-in-one checkpoints are listed as checkpoints/NAME, "
+                    "text encoders as text_encoders/NAME.",
                 ),
                 io.DynamicCombo.Input(
                     "strategy",

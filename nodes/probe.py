@@ -44,7 +44,8 @@ class CalibQuantProbe(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=folders.model_names(),
-                    tooltip="The 16-bit model file to probe. All-in-one checkpoints are listed as checkpoints/NAME.",
+                    tooltip="The 16-bit model file to probe. All-in-one checkpoints are listed as checkpoints/NAME, "
+                    "text encoders as text_encoders/NAME.",
                 ),
                 io.Boolean.Input(
                     "compat",

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import promptset
 from ..quant_core.files.text import counted, read_text
-from .comfyui import feedback, folders, written
+from .comfyui import encoding, feedback, folders, written
 from .types import CATEGORY, ConditioningSetType
 
 NO_FILE = "none"
@@ -45,13 +44,7 @@ class CalibQuantPromptSet(io.ComfyNode):
                     default="my_prompts",
                     tooltip="File name below output/promptsets. A file of that name is replaced.",
                 ),
-                io.Combo.Input(
-                    "file",
-                    options=[NO_FILE, *folders.prompt_files()],
-                    default=NO_FILE,
-                    optional=True,
-                    tooltip="A text file in ComfyUI's input folder with one prompt a line, taken instead of prompts.",
-                ),
+                file_input(),
                 io.Autogrow.Input(
                     "conditionings",
                     template=io.Autogrow.TemplatePrefix(
@@ -72,8 +65,7 @@ class CalibQuantPromptSet(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str = NO_FILE, **_: object) -> str:
-        read = "" if file == NO_FILE else folders.prompt_file_fingerprint(file)
-        return f"{read} {written.times_lost(cls.hidden.unique_id)}"
+        return f"{file_fingerprint(file)} {written.times_lost(cls.hidden.unique_id)}"
 
     @classmethod
     @feedback.in_node_words()
@@ -86,14 +78,14 @@ class CalibQuantPromptSet(io.ComfyNode):
         conditionings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         linked = [(key, value) for key, value in (conditionings or {}).items() if value is not None]
-        texts = _lines(prompts) if file == NO_FILE else prompts_in(folders.prompt_file(file))
+        texts = texts_of(prompts, file)
         _check_links(clip, texts, linked)
         texts = texts or (varied_prompts() if clip is not None else [])
         path, progress = folders.saved_prompt_set_path(name), feedback.progress()(0)
         encoded = []
         for i, text in enumerate(texts):
             feedback.show(cls.hidden.unique_id, f"encoding prompt {i + 1} of {len(texts)}")
-            encoded.append({"text": text, **_encode(clip, text)})
+            encoded.append({"text": text, **encoding.encode(clip, text)})
             progress(i + 1, len(texts), "")
         encoded += [{"text": key.replace("_", " "), **_prompt(value, key)} for key, value in linked]
         promptset.save(encoded, path)
@@ -106,6 +98,25 @@ def _check_links(clip: Any, texts: list[str], linked: list[Any]) -> None:
         raise CalibQuantError("prompts need a CLIP to encode them: link one, or empty the box and link conditionings")
     if clip is None and not linked:
         raise CalibQuantError("there is nothing to encode with: link a CLIP, or conditionings that another node made")
+
+
+def file_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "file",
+        options=[NO_FILE, *folders.prompt_files()],
+        default=NO_FILE,
+        optional=True,
+        tooltip="A text file in ComfyUI's input folder with one prompt a line, taken instead of prompts.",
+    )
+
+
+def file_fingerprint(file: str) -> str:
+    return "" if file == NO_FILE else folders.prompt_file_fingerprint(file)
+
+
+def texts_of(prompts: str, file: str) -> list[str]:
+    """The prompts of the box, or of the file if one is chosen."""
+    return _lines(prompts) if file == NO_FILE else prompts_in(folders.prompt_file(file))
 
 
 def varied_prompts() -> list[str]:
@@ -125,26 +136,10 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _encode(clip: Any, text: str) -> dict[str, Any]:
-    scheduled = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    if len(scheduled) != 1:
-        raise CalibQuantError(f"prompt {text!r}: this CLIP changes with the step: unlink its hooks, then encode again")
-    return _kept(scheduled[0])
-
-
 def _prompt(conditioning: list[Any], name: str) -> dict[str, Any]:
     if len(conditioning) != 1:
         raise CalibQuantError(f"{name} holds {len(conditioning)} conditionings: link each of them by itself")
-    return _kept(conditioning[0])
-
-
-def _kept(scheduled: Any) -> dict[str, Any]:
-    cond, options = scheduled
-    return {"cond": cond.cpu(), "options": {k: _to_cpu(v) for k, v in options.items() if v is not None}}
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+    return encoding.on_cpu(conditioning[0])
 
 
 class CalibQuantLoadPromptSet(io.ComfyNode):

@@ -50,7 +50,8 @@ class CalibQuantQuantize(io.ComfyNode):
                     "filename_prefix",
                     default=PREFIX,
                     optional=True,
-                    tooltip="Below output/diffusion_models (or output/checkpoints for an all-in-one checkpoint). "
+                    tooltip="Below output/diffusion_models (output/checkpoints for an all-in-one checkpoint, "
+                    "output/clip for a text encoder). "
                     "A number is appended; nothing is overwritten.",
                 ),
                 io.Boolean.Input(
@@ -82,7 +83,9 @@ class CalibQuantQuantize(io.ComfyNode):
             ],
             outputs=[
                 # "*" because the stock loaders' drop-downs take a link of no narrower type
-                io.AnyType.Output("model_name", tooltip="Name of the saved file; link it to Load Diffusion Model."),
+                io.AnyType.Output(
+                    "model_name", tooltip="Name of the saved file; link it to Load Diffusion Model (Load CLIP)."
+                ),
                 ReportType.Output("report", tooltip="Sizes and the error of every layer."),
                 io.AnyType.Output(
                     "lora_name",

@@ -74,18 +74,18 @@ class Recorder:
         self._saved, self._unsaved = time.monotonic(), False
         self._cost = self._saved - began
 
-    def start(self, run: SamplingRun) -> Collector:
+    def start(self, run: SamplingRun | None = None) -> Collector:
+        """run: None where a prompt was encoded, of which ``labels`` tells everything."""
         assert self._collector is not None, "prepare comes first"
         self._run = run
-        self._collector.start_run(f"{self.labels.get('prompts', '')} seed {run.seed}".strip())
+        seed = f" seed {run.seed}" if run else ""
+        self._collector.start_run(f"{self.labels.get('prompts', '')}{seed}".strip())
         return self._collector
 
     def finish(self) -> None:
         assert self._collector is not None
         self._collector.finish_run()
-        known = {"seeds": self._run.seed, "steps": self._run.steps, "sampler": self._run.sampler, "cfg": self._run.cfg}
-        known |= {"resolution": self._run.resolution, "patched_tensors": self._run.patched, **self.labels}
-        for name, value in known.items():
+        for name, value in {**_facts(self._run), **self.labels}.items():
             values = self._info.setdefault(name, [])
             if value not in values:
                 values.append(value)
@@ -125,6 +125,13 @@ class Recorder:
                 f"{self.path}: holds the calibration of another model ({model}): give another name, or switch reset on "
                 "to replace it"
             )
+
+
+def _facts(run: SamplingRun | None) -> dict[str, Any]:
+    if run is None:
+        return {}
+    facts = {"seeds": run.seed, "steps": run.steps, "sampler": run.sampler, "cfg": run.cfg}
+    return {**facts, "resolution": run.resolution, "patched_tensors": run.patched}
 
 
 def _groups(architecture: Architecture) -> Callable[[str], str]:

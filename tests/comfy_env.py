@@ -111,7 +111,7 @@ def _register_output_models() -> None:
     # As ComfyUI's start does: what a node saves under output/diffusion_models can be chosen in UNETLoader.
     import folder_paths
 
-    for name in ("checkpoints", "diffusion_models", "loras", "vae"):
+    for name in ("checkpoints", "clip", "diffusion_models", "loras", "vae"):
         folder_paths.add_model_folder_path(name, os.path.join(folder_paths.get_output_directory(), name))
 
 

@@ -26,7 +26,7 @@ NAMES = sorted(path.stem for path in SHIPPED.glob("*.json"))
 # Run, with what they should say, where their nodes are tested.
 ELSEWHERE = {
     *("calibrate_with_prompts", "monitor_my_own_graph"),
-    *("quantize_demo_model", "split_demo_model", "quantize_and_compare", "refine_demo_plan"),
+    *("quantize_demo_model", "split_demo_model", "quantize_and_compare", "refine_demo_plan", "text_encoder"),
 }
 TITLE, GROUP_TITLE = 30, 45  # pixels above a node's position, and of a group's title with the badges below it
 CLOSE = 0.05  # of the latent; a digit without its LoRA is at least twice as far

@@ -21,8 +21,12 @@ CALIBRATIONS = "calibquant_calibrations"
 GGUF = "calibquant_gguf"  # the same folders as diffusion_models, whose own list leaves .gguf files out
 CALIBRATION_SUFFIX = ".calibration.safetensors"
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
+HELD_OUT_PROMPTS = PACK / "workflows" / "prompts" / "held_out.txt"
 MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
-CHECKPOINTS = "checkpoints/"  # how an all-in-one checkpoint is told from a diffusion model in a list of both
+# Told from diffusion models in one list by the name of their folder, which comes first: checkpoints/NAME.
+OTHERS = ("checkpoints", "text_encoders")
+LOADERS = {"checkpoints": "Load Checkpoint", "text_encoders": "Load CLIP", "diffusion_models": "Load Diffusion Model"}
+SAVED_IN = {"text_encoders": "clip"}  # below output: ComfyUI lists that folder under its old name
 
 
 def register_folders() -> None:
@@ -53,10 +57,14 @@ def _names(kind: str) -> list[str]:
 
 
 def model_names() -> list[str]:
-    """Every file that can be a source: diffusion models, all-in-one checkpoints as ``checkpoints/NAME``, GGUF files."""
-    checkpoints = [CHECKPOINTS + name for name in _names("checkpoints")]
-    names = _names("diffusion_models") + checkpoints
-    return [name for name in names if name.endswith(".safetensors")] + _names(GGUF)
+    """Every file that can be a source: diffusion models, ``checkpoints/NAME``, ``text_encoders/NAME``, GGUF files."""
+    others = [f"{folder}/{name}" for folder in OTHERS for name in _names(folder)]
+    return [name for name in _names("diffusion_models") + others if name.endswith(".safetensors")] + _names(GGUF)
+
+
+def encoder_names() -> list[str]:
+    """Of model_names() the text encoders."""
+    return [name for name in model_names() if _kind(name) == "text_encoders"]
 
 
 def first_original() -> str | None:
@@ -110,8 +118,9 @@ def model_path(name: str) -> Path:
 
 def _find_model(name: str) -> Path | None:
     found = folder_paths.get_full_path("diffusion_models", name)
-    if found is None and name.startswith(CHECKPOINTS):
-        found = folder_paths.get_full_path("checkpoints", name.removeprefix(CHECKPOINTS))
+    folder, _, below = name.partition("/")
+    if found is None and folder in OTHERS:
+        found = folder_paths.get_full_path(folder, below)
     return Path(found) if found else None
 
 
@@ -249,21 +258,32 @@ def _check_name(what: str, name: str, folder: str) -> None:
 
 def output_path(prefix: str, model_name: str) -> tuple[Path, str]:
     """A file name not yet taken in ComfyUI's output folder, and the name under which a stock loader finds it."""
-    return _numbered(_kind(model_name), prefix, ".safetensors")
+    return _numbered(_place(model_name), prefix, ".safetensors")
 
 
 def output_root(model_name: str) -> Path:
     """The folder below which everything made of that model is saved."""
-    return Path(folder_paths.get_output_directory(), _kind(model_name))
+    return Path(folder_paths.get_output_directory(), _place(model_name))
 
 
 def split_paths(prefix: str, model_name: str) -> list[tuple[Path, str]]:
     """The same for the two files of a split: the main file, and its LoRA below output/loras."""
-    return _numbered_alike(prefix, {_kind(model_name): splitfile.MAIN, "loras": splitfile.BRANCH})
+    return _numbered_alike(prefix, {_place(model_name): splitfile.MAIN, "loras": splitfile.BRANCH})
 
 
 def _kind(model_name: str) -> str:
-    return "checkpoints" if model_name.startswith(CHECKPOINTS) else "diffusion_models"
+    folder = model_name.partition("/")[0]
+    return folder if folder in OTHERS else "diffusion_models"
+
+
+def loader_of(model_name: str) -> str:
+    """The stock node that loads what is made of that model."""
+    return LOADERS[_kind(model_name)]
+
+
+def _place(model_name: str) -> str:
+    """The folder of ComfyUI's output folder in which what is made of that model is listed by the stock loaders."""
+    return SAVED_IN.get(_kind(model_name), _kind(model_name))
 
 
 def shown(path: Path) -> str:

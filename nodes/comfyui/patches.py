@@ -43,6 +43,8 @@ def lora_merge(model: Any, source: Source) -> tuple[dict[str, Callable[[torch.Te
 
     Raises CalibQuantError when the MODEL was not loaded from this file, patched or not, or runs what is no patch.
     """
+    if source.architecture.part == "te":
+        raise CalibQuantError(f"{source.path}: is a text encoder, which no MODEL has LoRAs for: unlink the MODEL")
     _check_origin(model, source)
     if model.injections:
         raise CalibQuantError(
@@ -138,9 +140,14 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
 
 def path_of(model: Any) -> Path | None:
     """The file that the MODEL was loaded from; None when the loader left no trace of it."""
-    loader = getattr(model, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
-    path = next(iter(loader[1]), None) if loader else None
-    return Path(path) if isinstance(path, str) else None
+    return next(iter(paths_of(model)), None)
+
+
+def paths_of(patcher: Any) -> list[Path]:
+    """The files that a patcher's model was loaded from: one, but a CLIP's may be several."""
+    loader = getattr(patcher, "cached_patcher_init", None)  # (function, its arguments …), set by comfy.sd's loaders
+    first = next(iter(loader[1]), None) if loader else None
+    return [Path(path) for path in ([first] if isinstance(first, str) else first or []) if isinstance(path, str)]
 
 
 def _source_of(model: Any) -> dict[str, str]:

@@ -11,29 +11,40 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
-
-from .collector import Collector
 
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names of a module's parts
 
 
+class Listener(Protocol):
+    """A Collector, or what stands before one."""
+
+    def add(self, layer: str, x: torch.Tensor, y: torch.Tensor) -> None: ...
+
+
 @contextlib.contextmanager
-def watch(model: torch.nn.Module, collector: Collector, *replicas: torch.nn.Module) -> Iterator[None]:
+def watch(
+    model: torch.nn.Module,
+    collector: Listener,
+    *replicas: torch.nn.Module,
+    names: Mapping[str, str] | None = None,
+) -> Iterator[None]:
     """While the block runs, every call of a Linear of ``model`` is told to the collector; outputs do not change.
 
     replicas: copies of the model on other devices, whose Linears have the same names. Layers are named by their place
-    in the model. Compiled code runs uncompiled meanwhile: it skips hooks that came after its first trace.
+    in the model; ``names`` renames them, and those that are not in it are not watched. Compiled code runs uncompiled
+    meanwhile: it skips hooks that came after its first trace.
     """
     handles: list[Any] = []
     lock = threading.Lock()  # several GPUs work in threads of their own
     try:
         for each in (model, *replicas):
             for name, module in linears(each):
-                handles.append(module.register_forward_hook(_feed(collector, name, lock), with_kwargs=True))
+                if layer := name if names is None else names.get(name):
+                    handles.append(module.register_forward_hook(_feed(collector, layer, lock), with_kwargs=True))
         with force_eager():
             yield
     finally:
@@ -54,7 +65,7 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or own
 
 
-def _feed(collector: Collector, layer: str, lock: threading.Lock) -> Callable[..., None]:
+def _feed(collector: Listener, layer: str, lock: threading.Lock) -> Callable[..., None]:
     def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
         with lock:
             collector.add(layer, args[0] if args else next(iter(kwargs.values())), output)

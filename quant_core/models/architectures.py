@@ -15,10 +15,20 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from ..errors import CalibQuantError
-from .families import ROWS
+from .families import PARTS, ROWS
 from .families.row import NORM, PREFIXES, READ, TIME, Architecture, LayerInfo, layer_type, prefix_of
 
-__all__ = ["ARCHITECTURES", "PREFIXES", "Architecture", "LayerInfo", "by_name", "detect", "layer_type", "split_prefix"]
+__all__ = [
+    "ARCHITECTURES",
+    "PREFIXES",
+    "Architecture",
+    "LayerInfo",
+    "by_name",
+    "detect",
+    "layer_type",
+    "part_of",
+    "split_prefix",
+]
 
 # Any model: a numbered member of something called …block(s), …layer(s) or …refiner is a block, the outermost if nested.
 # Shared inputs are not guessed.  The never-list joins those of the families ComfyUI detects by an input width.
@@ -77,7 +87,9 @@ def detect(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = N
     ``keys`` may carry a prefix and lie among text encoder and VAE keys; ``shapes`` (same keys) settles the families
     that keys alone do not tell apart.  Never fails: a model without a row of its own is ``generic``.
     """
-    keys = list(keys)
+    keys = set(keys)
+    if part := _part(keys, shapes or {}):
+        return part
     prefix = split_prefix(keys)
     bare = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
     bare_shapes = {key.removeprefix(prefix): shape for key, shape in (shapes or {}).items() if key.startswith(prefix)}
@@ -86,14 +98,26 @@ def detect(keys: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = N
 
 def by_name(name: str) -> Architecture:
     """Return the row called ``name``; CalibQuantError lists the known names."""
-    for row in ARCHITECTURES:
+    rows = (*PARTS, *ARCHITECTURES)
+    for row in rows:
         if row.name == name:
             return row
-    known = ", ".join(row.name for row in ARCHITECTURES)
+    known = ", ".join(row.name for row in rows)
     raise CalibQuantError(f"unknown architecture {name!r}: known are {known}; leave it out to detect it from the file")
+
+
+def part_of(name: str) -> str:
+    """What the family called ``name`` is a part of: "model", "te" …; "model" for an unknown one."""
+    return next((row.part for row in PARTS if row.name == name), "model")
 
 
 def split_prefix(keys: Iterable[str]) -> str:
     """Return the prefix of the diffusion model's keys in this file: one of PREFIXES, or ""."""
+    keys = set(keys)
     found = {prefix_of(key) for key in keys}
-    return next((prefix for prefix in PREFIXES if prefix in found), "")
+    return "" if _part(keys, {}) else next((prefix for prefix in PREFIXES if prefix in found), "")
+
+
+def _part(keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> Architecture | None:
+    """The row of a file that is all text encoder, vision tower or VAE: they are known by their keys as stored."""
+    return next((row for row in PARTS if row.matches(keys, shapes)), None)

@@ -84,6 +84,7 @@ class ModelFile:
         self.layers: dict[str, LayerInfo] = self.architecture.describe_file(matrices, keys)
         self.banks = [k for k in weights if len(keys[k].shape) == 3 and ".experts." in k]
         self.convolutions = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) in (4, 5)]
+        self._refuse_unread()
         if not any(info.block is not None for info in self.layers.values()):
             raise CalibQuantError(
                 f"{self.path}: no Linear layer inside a numbered block: this is no diffusion model that can be "
@@ -191,6 +192,12 @@ class ModelFile:
 
     def _has_weight(self, key: str, suffix: str) -> bool:
         return key.startswith(self.prefix) and key.removesuffix(suffix) + ".weight" in self.checkpoint.entries
+
+    def _refuse_unread(self) -> None:
+        """Of some files the loader reads no scale at all."""
+        row = self.architecture
+        if row.unread and all(info.not_linear for info in self.layers.values()):
+            raise CalibQuantError(f"{self.path}: {row.title}: {row.unread[0][1]}: leave it as it is")
 
     def _refuse_quantized(self) -> None:
         for layer, fmt in declared_formats(self.checkpoint, self.prefix).items():

@@ -162,9 +162,9 @@ class Comparison(Compared):
             f"# {self.output or 'model_b'} against {self.source or 'model_a'}",
             f"**{self.verdict()}**",
             f"![both models, row by row]({picture})" if picture else "",
-            _table(self._measures()),
+            table(self._measures()),
             "\n".join(f"- {remark}" for remark in [f"drawn with {how}", *remarks]),
-            f"## Pictures\n\n{_table(self._rows())}",
+            f"## Pictures\n\n{table(self._rows())}",
             self._steps(),
             f"## What the figures are\n\n{DEFINITIONS}",
         ]
@@ -176,7 +176,7 @@ class Comparison(Compared):
         rows = [[str(step.number), f"{step.sigma:.4g}", f"{step.error:.2e}"] for step in self.steps]
         words = f"mean of {counted(self.steps[0].n, 'sample')}, at the original's own x, so that errors do not add up"
         words = f"Relative error of what a step moves along, (x − x0) / sigma: {words}."
-        return f"## Steps\n\n{words}\n\n{_table([['call', 'sigma', 'error'], *rows])}"
+        return f"## Steps\n\n{words}\n\n{table([['call', 'sigma', 'error'], *rows])}"
 
     def _measures(self) -> list[list[str]]:
         rows = [["", "mean", f"{100 * LEVEL:.0f} % interval", "worst", "n", "drawn again", "another seed"]]
@@ -236,7 +236,7 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import flux, image, lumina, mmdit, other, qwen, unet, video, wan
+from . import encoders, flux, image, lumina, mmdit, other, qwen, unet, video, wan
 from .row import Architecture
 
 ROWS: tuple[Architecture, ...] = (
@@ -18,3 +18,6 @@ ROWS: tuple[Architecture, ...] = (
     *(image.KREA2, image.IDEOGRAM4, image.ERNIE_IMAGE),
     *(other.ACE, other.ACE15, other.HUNYUAN3D21),
 )
+
+# Files of their own beside the diffusion model, known by their keys as stored.
+PARTS: tuple[Architecture, ...] = encoders.ROWS

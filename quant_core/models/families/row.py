@@ -28,6 +28,8 @@ class LayerInfo:
     detects_shape: str  # why the layer must never be NVFP4, "" otherwise
     note: str = ""  # what is known of its sensitivity; binds nobody, recipes and reports may use it
     not_linear: str = ""  # why no format can ever be loaded for it (it is then protected too), "" otherwise
+    weight_only: bool = False  # the loader multiplies it in 16 bit, whatever the card
+    formats: tuple[str, ...] = ()  # the only ones that the loader reads for it; () all of them
 
     @property
     def type(self) -> str:
@@ -98,6 +100,9 @@ class Architecture:
     shape_read: Rules = ()
     notes: Rules = ()
     folds: tuple[FoldRule, ...] = ()
+    part: str = "model"  # of a checkpoint: the diffusion model, "te" a text encoder, "vision" or "vae"
+    unread: Rules = ()  # what ComfyUI's class reads no scales for, besides what no class does
+    table: str = ""  # the table of tokens, where the loader reads scales for its rows
 
     def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """True if these keys (and shapes, where known), without prefix, are a model of this family."""
@@ -115,24 +120,32 @@ class Architecture:
         outside the blocks and is protected.
         """
         layer = layer.removesuffix(".weight")
-        name = layer.removeprefix(prefix_of(layer))
+        name = self._bare(layer)
         subgraph, block, kind = self._place(name)
         protected = _first_match(self.protected, name)
         if block is None:
             protected = protected or OUTSIDE
         shape_read = _first_match(self.shape_read, name)
         shared = self._shared(name, subgraph, kind) if block is not None else ""
-        return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, _first_match(self.notes, name))
+        note, weight_only = _first_match(self.notes, name), self.part == "te"
+        info = LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, note, weight_only=weight_only)
+        is_table = bool(self.table and re.fullmatch(self.table, name))
+        return replace(info, protected=TABLE, formats=TABLE_FORMATS) if is_table else info
 
     def describe_file(self, layers: Iterable[str], keys: Collection[str]) -> dict[str, LayerInfo]:
         """Describe the layers of one file: ``keys``, all of its keys, tell Linears from what only looks like one."""
         routed = {key.partition(_EXPERTS)[0] for key in keys if _EXPERTS in key}
         infos = {}
         for layer in layers:
-            reason = _not_linear(layer, keys, routed)
-            info = self.describe(layer)
+            name, info = self._bare(layer), self.describe(layer)
+            reason = _first_match(self.unread, name)
+            reason = reason or ("" if info.formats else _not_linear(layer, name, keys, routed))
             infos[layer] = replace(info, protected=reason, not_linear=reason) if reason else info
         return infos
+
+    def _bare(self, layer: str) -> str:
+        """The name without prefix. Other parts than the model have none: in theirs "model." is part of the name."""
+        return layer.removeprefix(prefix_of(layer)) if self.part == "model" else layer
 
     def _place(self, name: str) -> tuple[str, int | None, str]:
         for subgraph, pattern in self.blocks:
@@ -160,13 +173,12 @@ def _first_match(rules: Rules, name: str) -> str:
     return next((reason for pattern, reason in rules if re.search(pattern, name)), "")
 
 
-def _not_linear(layer: str, keys: Collection[str], routed: Collection[str]) -> str:
+def _not_linear(layer: str, name: str, keys: Collection[str], routed: Collection[str]) -> str:
     """Why the loader does not run this weight as a Linear, "" if it does, as far as names can tell.
 
     A loader reads scales for Linears only. Any other matrix would be used without its scale, and nobody would say so.
-    ``routed``: the modules that have experts.
+    ``name``: the layer's without prefix. ``routed``: the modules that have experts.
     """
-    name = layer.removeprefix(prefix_of(layer))
     if reason := _first_match(_RUN_OTHERWISE, name):
         return reason
     kind = _NUMBERED_TABLE.sub(r"\1", name).rpartition(".")[2]
@@ -183,7 +195,7 @@ _EXPERTS = ".experts."
 _ROUTER = re.compile(r"(.+)\.(?:gate|router)(?:\.[^.]+)?")  # beside experts; elsewhere a gate is a Linear (SwiGLU)
 # No table has a bias, and nearly every Linear with such a name (x_embedder, cond_embed) has one.
 _TABLE = re.compile(
-    r".*emb.*|(?:.*_)?tokens?|shared|relative_attention_bias|wte|wpe|codebook|"
+    r"(?!embedding_projection).*emb.*|(?:.*_)?tokens?|shared|relative_attention_bias|wte|wpe|codebook|"
     r"timestep_features|reference_points|trainable_cond_mask"  # Stable Audio, SAM 3, Wan S2V
 )
 _NUMBERED_TABLE = re.compile(r"(embeddings)\.\d+$")
@@ -198,6 +210,8 @@ OUTSIDE = "lies outside the numbered blocks"
 EMBEDDER = "embedder: every block depends on it, and it is small"
 TIME = "timestep or guidance embedder: scales every block at every step, and it is small"
 FINAL = "final layer: nothing downstream evens its error out"
+TABLE = "table of tokens: every token begins there; 8 bit is careful"
+TABLE_FORMATS = ("float8_e4m3fn", "int8_tensorwise")  # of which ComfyUI's mixed_precision_ops.Embedding reads rows
 NORM = ((r"(?:^|\.)[^.]*norm[^.]*$", "norm: one value per channel, not a matrix"),)
 # Modulation within blocks may be quantized: it is 3.2 of Flux's 11.9 billion weights (bf16 adds 4.6 GB to an NVFP4
 # file).  The field is split: ComfyUI's own fp8 cast takes it; NVIDIA's Qwen-Image-NVFP4 packs it except in the first
