@@ -118,14 +118,14 @@ def probe_file(model_name: str) -> Probe:
     return probe_path(folders.model_path(model_name), feedback.progress()(0))
 
 
-def probe_path(path: Path, progress: Progress) -> Probe:
-    """The probe of a file; the latest one is remembered while its file is the same.
+def probe_path(path: Path, progress: Progress, kinds: tuple[str, ...] = ()) -> Probe:
+    """The probe of a file, or of these parts of it; the latest one is remembered while its file is the same.
 
     Raises CalibQuantError for a quantized or damaged file; a cancel raises ComfyUI's own exception.
     """
-    key = (path, folders.stamp(path))
+    key = (path, folders.stamp(path), kinds)
     if key not in _latest:
-        probed = probe.probe(path, progress=progress)
+        probed = probe.probe(path, progress=progress, kinds=kinds)
         _latest.clear()
         _latest[key] = probed
     return _latest[key]

@@ -24,6 +24,9 @@ MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers a
 CHECKPOINTS = "checkpoints/"  # how an all-in-one checkpoint is told from a diffusion model in a list of both
 
 
+PARTS = ("model", "model,te", "model,vae", "model,te,vae", "te", "vae", "te,vae")  # of such a checkpoint
+
+
 def register_folders() -> None:
     """Make the demo model, its VAE, LoRA and prompts selectable in the stock loaders without copying."""
     folder_paths.add_model_folder_path("diffusion_models", str(PACK / "workflows" / "models"))

@@ -37,6 +37,8 @@ FALLBACK = {
 WEIGHT_ONLY = {"float8_e4m3fn": "weights only (w8a16): no calibrated input_scale"}
 
 
+ENCODER = "weights only: ComfyUI multiplies text encoders in 16 bit"
+
 # What an input_scale of 1 stands for: the largest value of the activation's format.
 ACTIVATION_MAX = {"float8_e4m3fn": 448.0, "nvfp4": 2688.0}
 # Other prompts and seeds reach 1.7 times the largest input that a calibration saw; what lies above the scale's reach is
@@ -170,6 +172,7 @@ def unmatched(source: Source, recipe: Recipe) -> list[str]:
 
 def sized(source: Source, plan: Plan) -> Plan:
     """The plan with the exact size of the file it makes."""
+    plan = replace(plan, parts=source.kinds)
     return replace(plan, size=predicted_size(source, plan))
 
 
@@ -201,7 +204,7 @@ def hswq(source: Source, calibration: Calibration, ratio: float = 0.25, scaled: 
     """
     scoring.check_ratio(ratio)
     candidates = {n: i for n, i in source.layers.items() if not i.protected}
-    stats = {n: calibration.layers.get(n.removeprefix(source.prefix)) for n in candidates}
+    stats = {n: calibration.layers.get(source.short(n)) for n in candidates}
     missing = [n for n, seen in stats.items() if seen is None]
     if missing:
         raise CalibQuantError(f"{source.path}: layer {missing[0]} is not in the calibration: calibrate this model")
@@ -233,12 +236,13 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
 
 def with_input_scale(source: Source, name: str, entry: LayerPlan, calibration: Calibration) -> LayerPlan:
     """One layer's entry as in ``calibrated``; weight-only where that was wanted for itself (W4A16) stays so."""
-    seen = calibration.layers.get(name.removeprefix(source.prefix))
+    seen = calibration.layers.get(source.short(name))
     amax = float(seen.input_amax.max()) if seen else 0.0
     if not math.isfinite(amax):
         raise CalibQuantError(f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again")
     note = WEIGHT_ONLY.get(entry.format, "")
-    if entry.format not in ACTIVATION_MAX or amax <= 0 or (entry.full_precision and not note):
+    unused = entry.full_precision and (not note or source.layers[name].part != "model")
+    if entry.format not in ACTIVATION_MAX or amax <= 0 or unused:
         return entry
     reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
     scale = max(HEADROOM * amax / ACTIVATION_MAX[entry.format], LEAST_SCALE)
@@ -252,7 +256,7 @@ def smoothed(source: Source, plan: Plan, calibration: Calibration) -> Plan:
     """
     layers, reached = dict(plan.layers), folds.reached(source, plan.folds)
     for name, entry in plan.layers.items():
-        seen = name.removeprefix(source.prefix) in calibration.layers
+        seen = source.short(name) in calibration.layers
         if entry.format in smoothing.FORMATS and seen and not entry.full_precision and name not in reached:
             layers[name] = replace(entry, pre_quant_scale=True)
     return sized(source, replace(plan, layers=layers))
@@ -268,7 +272,7 @@ def summary(calibration: Calibration) -> dict[str, Any]:
 def check_widths(source: Source, calibration: Calibration) -> None:
     """CalibQuantError when the calibration cannot be of this model, whatever names it bears."""
     for layer in source.layers:
-        seen = calibration.layers.get(layer.removeprefix(source.prefix))
+        seen = calibration.layers.get(source.short(layer))
         width = source.shape(layer)[1]
         if seen and len(seen.input_amax) != width:
             raise CalibQuantError(
@@ -314,7 +318,7 @@ def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bo
     while fmt != SOURCE:
         obstacle = FORMATS[fmt].obstacle(shape) or (info.detects_shape if changes_shape(FORMATS[fmt], shape) else "")
         if not obstacle:
-            note = WEIGHT_ONLY.get(fmt, "")
+            note = WEIGHT_ONLY.get(fmt, "") if info.part == "model" else ENCODER
             reason = f"{reason}; {note}" if note else reason
             return replace(wish, format=fmt, reason=reason, full_precision=wish.full_precision or bool(note))
         reason = f"not {title(fmt)}: {obstacle}"

@@ -28,6 +28,7 @@ class LayerInfo:
     detects_shape: str  # why the layer must never be NVFP4, "" otherwise
     note: str = ""  # what is known of its sensitivity; binds nobody, recipes and reports may use it
     not_linear: str = ""  # why no format can ever be loaded for it (it is then protected too), "" otherwise
+    part: str = "model"  # of what it is a layer: see Architecture.part
 
     @property
     def type(self) -> str:
@@ -100,6 +101,7 @@ class Architecture:
     folds: tuple[FoldRule, ...] = ()
     part: str = "model"  # of a checkpoint: the diffusion model, "te" a text encoder, "vision" or "vae"
     unread: Rules = ()  # what ComfyUI's class reads no scales for, besides what no class does
+    encoders: tuple[str, ...] = ()  # text encoders of its checkpoints that ComfyUI tells of scales
 
     def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """True if these keys (and shapes, where known), without prefix, are a model of this family."""
@@ -124,7 +126,8 @@ class Architecture:
             protected = protected or OUTSIDE
         shape_read = _first_match(self.shape_read, name)
         shared = self._shared(name, subgraph, kind) if block is not None else ""
-        return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, _first_match(self.notes, name))
+        note = _first_match(self.notes, name)
+        return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, note, part=self.part)
 
     def describe_file(self, layers: Iterable[str], keys: Collection[str]) -> dict[str, LayerInfo]:
         """Describe the layers of one file: ``keys``, all of its keys, tell Linears from what only looks like one."""
