@@ -161,7 +161,7 @@ class CalibQuantPlan(io.ComfyNode):
         strategy, fixed = chosen("strategy", strategy, _STRATEGIES), by_hand.from_json(edits)
         if pre_quant_scale:
             patches.require_pre_quant_scale()
-        with Source(folders.model_path(model_name), kinds=parts.split(",")) as source:
+        with Source(folders.model_path(model_name), kinds=folders.kinds(parts)) as source:
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)

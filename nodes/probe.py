@@ -26,7 +26,9 @@ from .types import CATEGORY, ProbeType
 FAMILY, CUSTOM = "family", "custom"
 STATISTICS = ("kurtosis", "dynamic_range", "outlier_share", "row_spread", "block16_spread", "block32_spread", "std")
 FIELDS = ("name", "type", "block", "shape", "protected", "decision", "score", "reason", *STATISTICS, "errors")
-_latest: dict[tuple[Path, str], Probe] = {}  # at most one: to change a threshold is not to read 26 GB again
+_latest: dict[
+    tuple[Path, str, tuple[str, ...]], Probe
+] = {}  # at most one: to change a threshold is not to read 26 GB again
 
 
 class CalibQuantProbe(io.ComfyNode):

@@ -248,6 +248,11 @@ def _check_name(what: str, name: str, folder: str) -> None:
         raise CalibQuantError(f"{what} {name!r} is no name inside output/{folder}: use one like calibquant/model")
 
 
+def kinds(parts: str) -> tuple[str, ...]:
+    """A choice of PARTS for the engine: the model alone is what every file has, whatever it is."""
+    return () if parts == PARTS[0] else tuple(parts.split(","))
+
+
 def output_path(prefix: str, model_name: str) -> tuple[Path, str]:
     """A file name not yet taken in ComfyUI's output folder, and the name under which a stock loader finds it."""
     return _numbered(_kind(model_name), prefix, ".safetensors")

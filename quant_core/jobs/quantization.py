@@ -94,7 +94,8 @@ def quantize(
             runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
             sizes = source.checkpoint.nbytes(), writer.size
             report = Report(*names, *sizes, layers=layers, runs=runs, folds=plan.folds)
-            report = replace(report, needs_comfyui=core_needed(plan), words=words(plan, source))
+            said = [*source.about_parts(), *words(plan, source)]
+            report = replace(report, needs_comfyui=core_needed(plan), words=said)
             if beside:
                 report = replace(report, lora=str(beside.path), lora_bytes=beside.size)
             if verify:

@@ -19,7 +19,8 @@ def inspect(path: str | os.PathLike[str], kinds: Collection[str] = ()) -> dict[s
     """Architecture, layers per format, bytes and provenance of any checkpoint, from headers only.
 
     (Inline ``comfy_quant`` tensors are read too, a few bytes per layer.) Layers are those that ComfyUI would see, of
-    the chosen kinds of parts (by default the diffusion model alone); ``layout`` says from what they were converted, or why they could not be.
+    the chosen kinds of parts (by default the diffusion model alone); ``layout`` says from what they were converted, or
+    why they could not be.
     """
     with Headers(path) as file:
         layout = _layout(file)
