@@ -116,15 +116,6 @@ class CalibQuantPlan(io.ComfyNode):
                     "size, bits and max_error a rank, and each layer gets what pays. "
                     "Saves two files that belong together: load them with Load Split Model. Empty: none.",
                 ),
-                io.Combo.Input(
-                    "parts",
-                    options=list(folders.PARTS),
-                    default=folders.PARTS[0],
-                    optional=True,
-                    tooltip="Of an all-in-one checkpoint: model is the diffusion model, te its text encoders (scales "
-                    "are read for T5 and language models, not for CLIP), vae its VAE. What no scale is read for is "
-                    "stored as float16 where it is float32. All else is copied as it is.",
-                ),
                 io.String.Input(
                     "edits",
                     default="",
@@ -133,6 +124,15 @@ class CalibQuantPlan(io.ComfyNode):
                     tooltip='Layers set by hand, as JSON {"LAYER": "FORMAT"}: the map on the node writes it. All other '
                     "layers are planned around them.",
                     extra_dict={"hidden": True},  # an input all the same: in the workflow, and for API clients
+                ),
+                io.Combo.Input(
+                    "parts",
+                    options=list(folders.PARTS),
+                    default=folders.PARTS[0],
+                    optional=True,
+                    tooltip="Of an all-in-one checkpoint: model is the diffusion model, te its text encoders (scales "
+                    "are read for T5 and language models, not for CLIP), vae its VAE. What no scale is read for is "
+                    "stored as float16 where it is float32. All else is copied as it is.",
                 ),
             ],
             outputs=[PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],

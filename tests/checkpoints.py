@@ -1,4 +1,4 @@
-"""Small all-in-one checkpoints, of ComfyUI's own classes with random weights, as ``load_checkpoint_guess_config`` wants.
+"""Small all-in-one checkpoints of ComfyUI's own classes with random weights, as its checkpoint loader wants them.
 
 Keys are those of true files. Encoders are narrow: ``OPTIONS`` tells the loader so (it would take the true widths).
 """
@@ -51,11 +51,11 @@ def sd15() -> Tensors:
     return tensors | {f"first_stage_model.{key}": tensor for key, tensor in vae(4).items()}
 
 
-def vae(channels: int) -> Tensors:
+def vae(channels: int, width: int = 32) -> Tensors:
     """The decoder of an image VAE, float32."""
     from comfy.ldm.modules.diffusionmodules.model import Decoder
 
-    config = dict(ch=32, ch_mult=[1, 2, 4, 4], num_res_blocks=2, attn_resolutions=[], in_channels=3, resolution=64)
+    config = dict(ch=width, ch_mult=[1, 2, 4, 4], num_res_blocks=2, attn_resolutions=[], in_channels=3, resolution=64)
     return {
         f"decoder.{key}": tensor for key, tensor in _random(Decoder(out_ch=3, z_channels=channels, **config)).items()
     }
@@ -104,5 +104,7 @@ def _random(module: nn.Module) -> Tensors:
         fan = 1 if key in tables else math.prod(shape[1:])
         base = 1.0 if len(shape) == 1 and key.endswith("weight") else 0.0
         scale = 0.1 if len(shape) == 1 else fan**-0.5
+        if key.endswith("SelfAttention.q.weight"):  # T5 does not divide by the heads' width: its queries are small
+            scale /= _T5["d_kv"] ** 0.5
         state[key] = base + scale * torch.randn(shape, generator=generator)
     return state
