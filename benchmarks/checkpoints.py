@@ -40,9 +40,9 @@ def main() -> None:
             "| checkpoint | encoder | format | layers | error | least cosine | beside |\n|---|---|---|---|---|---|---|"
         )
         encoders(Path(folder))
-        print("\n| VAE stored as | sigma 1 | sigma .25 | sigma .05 |\n|---|---|---|---|")
+        print("\n| VAE stored as | sigma 1 | sigma .25 |\n|---|---|---|")
         for name, dtype in PLAIN.items():
-            print(f"| {name} | " + " | ".join(f"{cast_error(dtype, size):.1e}" for size in (1, 0.25, 0.05)) + " |")
+            print(f"| {name} | " + " | ".join(f"{cast_error(dtype, size):.1e}" for size in (1, 0.25)) + " |")
 
 
 def encoders(folder: Path) -> None:
