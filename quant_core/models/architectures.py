@@ -18,7 +18,17 @@ from ..errors import CalibQuantError
 from .families import PARTS, ROWS
 from .families.row import NORM, PREFIXES, READ, TIME, Architecture, LayerInfo, layer_type, prefix_of
 
-__all__ = ["ARCHITECTURES", "PREFIXES", "Architecture", "LayerInfo", "by_name", "detect", "layer_type", "split_prefix"]
+__all__ = [
+    "ARCHITECTURES",
+    "PREFIXES",
+    "Architecture",
+    "LayerInfo",
+    "by_name",
+    "detect",
+    "layer_type",
+    "part_of",
+    "split_prefix",
+]
 
 # Any model: a numbered member of something called …block(s), …layer(s) or …refiner is a block, the outermost if nested.
 # Shared inputs are not guessed.  The never-list joins those of the families ComfyUI detects by an input width.
@@ -94,6 +104,11 @@ def by_name(name: str) -> Architecture:
             return row
     known = ", ".join(row.name for row in rows)
     raise CalibQuantError(f"unknown architecture {name!r}: known are {known}; leave it out to detect it from the file")
+
+
+def part_of(name: str) -> str:
+    """What the family called ``name`` is a part of: "model", "te" …; "model" for an unknown one."""
+    return next((row.part for row in PARTS if row.name == name), "model")
 
 
 def split_prefix(keys: Iterable[str]) -> str:

@@ -231,11 +231,20 @@ def made_with(
     calibration: Calibration | None = None,
     fold: bool = False,
 ) -> MadeWith:
+    options = _as_run(source, options)
     seen = None
     if calibration is not None:
         seen = {**summary(calibration), "sensitivities": len(calibration.sensitivities)}
     parts = ",".join(source.kinds)
     return MadeWith(source.checkpoint.fingerprint(), gpu, options, rounding, input_scale, seen, fold, parts)
+
+
+def _as_run(source: Source, options: tuple[str, ...]) -> tuple[str, ...]:
+    """The options' true names: of a text encoder every format is weight-only, and no branch has inputs to serve."""
+    if source.architecture.part != "te":
+        return options
+    plain = [option for option in options if RANK not in option]
+    return tuple(dict.fromkeys("nvfp4-w4a16" if option == "nvfp4" else option for option in plain))
 
 
 def measure(

@@ -215,8 +215,8 @@ def _no_branch(source: Source, layer: str, entry: LayerPlan) -> str:
     """Why this layer cannot have the branch that is planned for it, "" if it can."""
     if entry.pre_quant_scale:
         return f"{smoothing.KEY} excludes it"
-    if layer in source.layers and source.layers[layer].part != "model":
-        return "no LoRA loader reaches it"
+    if layer in source.layers and source.layers[layer].weight_only:
+        return "its inputs are not rounded, and no LoRA loader of models reaches it"
     if entry.format in split.WITHOUT:
         return f"newer ComfyUI would lose it beside {entry.format}"
     fits = layer in source.layers and entry.rank <= min(source.shape(layer))

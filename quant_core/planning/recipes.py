@@ -37,8 +37,6 @@ FALLBACK = {
 WEIGHT_ONLY = {"float8_e4m3fn": "weights only (w8a16): no calibrated input_scale"}
 
 
-ENCODER = "weights only: ComfyUI multiplies text encoders in 16 bit"
-
 # What an input_scale of 1 stands for: the largest value of the activation's format.
 ACTIVATION_MAX = {"float8_e4m3fn": 448.0, "nvfp4": 2688.0}
 # Other prompts and seeds reach 1.7 times the largest input that a calibration saw; what lies above the scale's reach is
@@ -241,8 +239,8 @@ def with_input_scale(source: Source, name: str, entry: LayerPlan, calibration: C
     if not math.isfinite(amax):
         raise CalibQuantError(f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again")
     note = WEIGHT_ONLY.get(entry.format, "")
-    unused = entry.full_precision and (not note or source.layers[name].part != "model")
-    if entry.format not in ACTIVATION_MAX or amax <= 0 or unused:
+    wanted = source.layers[name].weight_only or not note
+    if entry.format not in ACTIVATION_MAX or amax <= 0 or (entry.full_precision and wanted):
         return entry
     reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
     scale = max(HEADROOM * amax / ACTIVATION_MAX[entry.format], LEAST_SCALE)
@@ -317,10 +315,15 @@ def legal(wish: LayerPlan, info: LayerInfo, shape: tuple[int, ...], explicit: bo
     fmt, reason = wish.format, wish.reason
     while fmt != SOURCE:
         obstacle = FORMATS[fmt].obstacle(shape) or (info.detects_shape if changes_shape(FORMATS[fmt], shape) else "")
+        if info.formats and fmt not in info.formats:
+            obstacle = "of a table ComfyUI reads FP8 and INT8 only"
         if not obstacle:
-            note = WEIGHT_ONLY.get(fmt, "") if info.part == "model" else ENCODER
+            note = "" if info.weight_only else WEIGHT_ONLY.get(fmt, "")
             reason = f"{reason}; {note}" if note else reason
-            return replace(wish, format=fmt, reason=reason, full_precision=wish.full_precision or bool(note))
+            weight_only = (
+                wish.full_precision or bool(note) or (info.weight_only and FORMATS[fmt].config(shape) is not None)
+            )
+            return replace(wish, format=fmt, reason=reason, full_precision=weight_only)
         reason = f"not {title(fmt)}: {obstacle}"
         fmt = FALLBACK.get(fmt, SOURCE)
     return LayerPlan(SOURCE, reason)

@@ -18,6 +18,7 @@ import torch
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..locate import find_comfyui
+from ..models.architectures import part_of
 from ..models.source import Source
 from ..rounding import smoothing, split
 from ..rounding.layerplan import LayerPlan
@@ -77,6 +78,7 @@ TARGETS: dict[str, Target] = {
 # taken for granted as to speed, and inputs count as rounded wherever some card rounds them.
 GPUS = {"blackwell": "10.0", "hopper": "9.0", "ada": "8.9", "ampere": "8.0", "turing": "7.5", "any": ""}
 ANY, NEWEST = "any", next(iter(GPUS))
+ENCODERS = "ComfyUI multiplies text encoders in 16 bit on every card: less memory, no more speed"
 NATIVE, EMULATED, WIDE = "native", "emulated", "16-bit"
 SMOOTHED = Target(smoothing.KEY, core="0.31", word=f'"{smoothing.KEY}"', silent=True)
 
@@ -130,6 +132,8 @@ def words(plan: Plan, source: Source | None = None) -> list[str]:
 
     source: what it is made of, so that layers count by their work.
     """
+    if part_of(plan.architecture) == "te":
+        return [ENCODERS, f"needs ComfyUI {core_needed(plan)} or newer"]
     speeds = [_speeds(plan, source) if plan.gpu else _cards(plan)] if plan.quantized() else []
     return [*speeds, f"needs ComfyUI {core_needed(plan)} or newer", *_loras(plan)]
 

@@ -29,6 +29,7 @@ T5 = Architecture(
         ("block", tuple(f"layer.1.DenseReluDense.wi_{i}" for i in range(2))),
     ),
     protected=NORM,
+    table="shared",
 )
 
 # A file names its language model model.layers or model.language_model.layers (Qwen 3.5, Qwen3-VL), its vision tower
@@ -57,6 +58,7 @@ LANGUAGE = Architecture(
         (r"\.linear_attn\.in_proj_[ab]$", "decay and gate of linear attention: a row per head, and small"),
         *NORM,
     ),
+    table=r"model\.(?:language_model\.)?embed_tokens(?:_per_layer)?",
     notes=((r"^(?:model\.)?vis(?:ual|ion_model)\.", _IMAGES), (r"^audio_model\.", "sees sounds only")),
     unread=((r"(?:^|\.)lm_head$", "head that writes text: the loader renames its weight, and loses its scales"),),
 )
@@ -69,6 +71,7 @@ GPT_OSS = replace(
     none_of=(),
     all_of=("layers.0.self_attn.sinks",),
     blocks=(("main", numbered("layers")),),
+    table="embed_tokens",
 )
 
 _UNTOLD = "ComfyUI's class for this encoder is not told of scales in a file"

@@ -28,7 +28,8 @@ class LayerInfo:
     detects_shape: str  # why the layer must never be NVFP4, "" otherwise
     note: str = ""  # what is known of its sensitivity; binds nobody, recipes and reports may use it
     not_linear: str = ""  # why no format can ever be loaded for it (it is then protected too), "" otherwise
-    part: str = "model"  # of what it is a layer: see Architecture.part
+    weight_only: bool = False  # the loader multiplies it in 16 bit, whatever the card
+    formats: tuple[str, ...] = ()  # the only ones that the loader reads for it; () all of them
 
     @property
     def type(self) -> str:
@@ -102,6 +103,7 @@ class Architecture:
     part: str = "model"  # of a checkpoint: the diffusion model, "te" a text encoder, "vision" or "vae"
     unread: Rules = ()  # what ComfyUI's class reads no scales for, besides what no class does
     encoders: tuple[str, ...] = ()  # text encoders of its checkpoints that ComfyUI tells of scales
+    table: str = ""  # the table of tokens, where the loader reads scales for its rows
 
     def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """True if these keys (and shapes, where known), without prefix, are a model of this family."""
@@ -126,17 +128,19 @@ class Architecture:
             protected = protected or OUTSIDE
         shape_read = _first_match(self.shape_read, name)
         shared = self._shared(name, subgraph, kind) if block is not None else ""
-        note = _first_match(self.notes, name)
-        return LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, note, part=self.part)
+        note, weight_only = _first_match(self.notes, name), self.part == "te"
+        info = LayerInfo(layer, subgraph, block, kind, shared, protected, shape_read, note, weight_only=weight_only)
+        is_table = bool(self.table and re.fullmatch(self.table, name))
+        return replace(info, protected=TABLE, formats=TABLE_FORMATS) if is_table else info
 
     def describe_file(self, layers: Iterable[str], keys: Collection[str]) -> dict[str, LayerInfo]:
         """Describe the layers of one file: ``keys``, all of its keys, tell Linears from what only looks like one."""
         routed = {key.partition(_EXPERTS)[0] for key in keys if _EXPERTS in key}
         infos = {}
         for layer in layers:
-            name = self._bare(layer)
-            reason = _first_match(self.unread, name) or _not_linear(layer, name, keys, routed)
-            info = self.describe(layer)
+            name, info = self._bare(layer), self.describe(layer)
+            reason = _first_match(self.unread, name)
+            reason = reason or ("" if info.formats else _not_linear(layer, name, keys, routed))
             infos[layer] = replace(info, protected=reason, not_linear=reason) if reason else info
         return infos
 
@@ -207,6 +211,8 @@ OUTSIDE = "lies outside the numbered blocks"
 EMBEDDER = "embedder: every block depends on it, and it is small"
 TIME = "timestep or guidance embedder: scales every block at every step, and it is small"
 FINAL = "final layer: nothing downstream evens its error out"
+TABLE = "table of tokens: every token begins there; 8 bit is careful"
+TABLE_FORMATS = ("float8_e4m3fn", "int8_tensorwise")  # of which ComfyUI's mixed_precision_ops.Embedding reads rows
 NORM = ((r"(?:^|\.)[^.]*norm[^.]*$", "norm: one value per channel, not a matrix"),)
 # Modulation within blocks may be quantized: it is 3.2 of Flux's 11.9 billion weights (bf16 adds 4.6 GB to an NVFP4
 # file).  The field is split: ComfyUI's own fp8 cast takes it; NVIDIA's Qwen-Image-NVFP4 packs it except in the first
