@@ -239,7 +239,8 @@ def with_input_scale(source: Source, name: str, entry: LayerPlan, calibration: C
     if not math.isfinite(amax):
         raise CalibQuantError(f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again")
     note = WEIGHT_ONLY.get(entry.format, "")
-    wanted = source.layers[name].weight_only or not note
+    info = source.layers.get(name)  # None: a convolution
+    wanted = (info and info.weight_only) or not note
     if entry.format not in ACTIVATION_MAX or amax <= 0 or (entry.full_precision and wanted):
         return entry
     reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
