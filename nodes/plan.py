@@ -30,7 +30,7 @@ from ..quant_core.planning.plan import Plan
 from ..quant_core.reports import plan_map, planned
 from . import budgets
 from .comfyui import feedback, folders, patches
-from .probe import chosen, percentile_inputs, probe_file
+from .probe import chosen, percentile_inputs, probe_path
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ProbeType
 
@@ -126,6 +126,15 @@ class CalibQuantPlan(io.ComfyNode):
                     "layers are planned around them.",
                     extra_dict={"hidden": True},  # an input all the same: in the workflow, and for API clients
                 ),
+                io.Combo.Input(
+                    "parts",
+                    options=list(folders.PARTS),
+                    default=folders.PARTS[0],
+                    optional=True,
+                    tooltip="Of an all-in-one checkpoint: model is the diffusion model, te its text encoders (scales "
+                    "are read for T5 and language models, not for CLIP), vae its VAE. What no scale is read for is "
+                    "stored as float16 where it is float32. All else is copied as it is.",
+                ),
             ],
             outputs=[PlanType.Output("plan", tooltip="One decision per layer, for Save Quantized Model.")],
         )
@@ -148,22 +157,23 @@ class CalibQuantPlan(io.ComfyNode):
         smooth: str = "none",
         split: str = "",
         edits: str = "",
+        parts: str = folders.PARTS[0],
     ) -> io.NodeOutput:
         strategy, fixed = chosen("strategy", strategy, _STRATEGIES), by_hand.from_json(edits)
         if pre_quant_scale:
             patches.require_pre_quant_scale()
-        with Source(folders.model_path(model_name)) as source:
+        with Source(folders.model_path(model_name), kinds=folders.kinds(parts)) as source:
             seen = calibration.current() if calibration else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
             unedited, priced, warnings = None, None, []
             if strategy["strategy"] in _BUDGETS:
                 _check_same_file(probe, source)
-                words = strategy, lambda: probe or probe_file(model_name), seen, input_scale, pre_quant_scale
+                words = strategy, lambda: probe or _probed(source), seen, input_scale, pre_quant_scale
                 plan, priced = budgets.make(source, *words, fixed, smooth == "fold", split.strip())
                 smooth = split = ""  # were options like the formats
             else:
-                unedited, warnings = _plan(source, model_name, strategy, probe, seen)
+                unedited, warnings = _plan(source, strategy, probe, seen)
                 plan = by_hand.applied(source, unedited, fixed)
             plan = recipes.calibrated(source, plan, seen) if seen is not None and input_scale else plan
             plan = _folded(source, plan, seen) if smooth == "fold" else plan
@@ -266,7 +276,7 @@ _HSWQ = {"V2 (scaled)": True, "V1 (plain cast)": False}
 
 
 def _plan(
-    source: Source, model_name: str, strategy: dict[str, Any], linked: Probe | None, seen: Calibration | None
+    source: Source, strategy: dict[str, Any], linked: Probe | None, seen: Calibration | None
 ) -> tuple[Plan, list[str]]:
     """The plan, and what the user should know of the way it was made."""
     _check_same_file(linked, source)
@@ -275,7 +285,7 @@ def _plan(
             raise CalibQuantError(f"{source.path}: the hswq strategy needs a calibration: link one")
         return recipes.hswq(source, seen, strategy["ratio"], _HSWQ[strategy["version"]]), []
     if make := _FROM_PROBE.get(strategy["strategy"]):
-        return make(source, lambda: linked or probe_file(model_name), strategy), []
+        return make(source, lambda: linked or _probed(source), strategy), []
     recipe = _recipe(strategy)
     return recipes.make_plan(source, recipe), [recipe.warning, *recipes.unmatched(source, recipe)]
 
@@ -298,10 +308,18 @@ def _split(source: Source, plan: Plan, seen: Calibration | None, wanted: str) ->
     return splitting.split(source, plan, seen, wanted, feedback.progress()(0))
 
 
+def _probed(source: Source) -> Probe:
+    return probe_path(source.path, feedback.progress()(0), source.kinds)
+
+
 def _check_same_file(probed: Probe | None, source: Source) -> None:
     if probed is not None and (probed.source, probed.bytes) != (source.name, source.checkpoint.nbytes()):
         raise CalibQuantError(
             f"{source.path}: the linked probe is of another file ({probed.source}): choose the same model in both nodes"
+        )
+    if probed is not None and source.kinds:
+        raise CalibQuantError(
+            f"{source.path}: the linked probe knows the diffusion model alone: unlink it, or choose parts model"
         )
 
 

@@ -26,7 +26,9 @@ from .types import CATEGORY, ProbeType
 FAMILY, CUSTOM = "family", "custom"
 STATISTICS = ("kurtosis", "dynamic_range", "outlier_share", "row_spread", "block16_spread", "block32_spread", "std")
 FIELDS = ("name", "type", "block", "shape", "protected", "decision", "score", "reason", *STATISTICS, "errors")
-_latest: dict[tuple[Path, str], Probe] = {}  # at most one: to change a threshold is not to read 26 GB again
+_latest: dict[
+    tuple[Path, str, tuple[str, ...]], Probe
+] = {}  # at most one: to change a threshold is not to read 26 GB again
 
 
 class CalibQuantProbe(io.ComfyNode):
@@ -121,14 +123,14 @@ def probe_file(model_name: str) -> Probe:
     return probe_path(folders.model_path(model_name), feedback.progress()(0))
 
 
-def probe_path(path: Path, progress: Progress) -> Probe:
-    """The probe of a file; the latest one is remembered while its file is the same.
+def probe_path(path: Path, progress: Progress, kinds: tuple[str, ...] = ()) -> Probe:
+    """The probe of a file, or of these parts of it; the latest one is remembered while its file is the same.
 
     Raises CalibQuantError for a quantized or damaged file; a cancel raises ComfyUI's own exception.
     """
-    key = (path, folders.stamp(path))
+    key = (path, folders.stamp(path), kinds)
     if key not in _latest:
-        probed = probe.probe(path, progress=progress)
+        probed = probe.probe(path, progress=progress, kinds=kinds)
         _latest.clear()
         _latest[key] = probed
     return _latest[key]

@@ -124,7 +124,7 @@ class CalibQuantQuantize(io.ComfyNode):
             if plan.ranks()
             else [folders.output_path(filename_prefix, model_name)]
         )
-        with Source(path) as source:
+        with Source(path, kinds=plan.parts) as source:
             merge, digest = patches.lora_merge(model, source) if model is not None else ({}, "")
             current = calibration.current if calibration else plan.seen
             seen = current() if current else None

@@ -77,7 +77,9 @@ class CalibQuantRefinePlan(io.ComfyNode):
             sample_all(of, named, negative, latent, settings, lambda *_: None, cls.hidden.unique_id, keep)
             return drawn
 
-        with Source(_file(model)) as source:
+        if "te" in plan.parts:
+            raise CalibQuantError("the plan is for text encoders, too, which are not sampled: refine parts model first")
+        with Source(_file(model), kinds=plan.parts) as source:
             refine.check(source, plan)
             sampler = _sampler(model, source, plan, draw, cls.hidden.unique_id)
             found = refine.refine(source, plan, sampler, minutes, measure_controls)
@@ -102,7 +104,7 @@ def _sampler(
     seen = plan.seen() if plan.seen else None
     if seen is not None:
         recipes.check_calibration(source, seen)
-    rounder = Rounder(pick_device("auto"), seen, AUTO, source.prefix)
+    rounder = Rounder(pick_device("auto"), seen, AUTO, source.short)
     read = lambda layer: _read(source, layer, merge)  # noqa: E731
     shelf = Shelf(rounder, read, str(source.path), lambda entry: targets.rounds_inputs(entry, plan.gpu))
 
@@ -111,7 +113,7 @@ def _sampler(
             return draw(model, what)
         feedback.show(node_id, f"rounding {what}")
         layers = shelf.layers(entries, feedback.progress()(0))
-        return draw(emulation.with_layers(model, {n.removeprefix(source.prefix): x for n, x in layers.items()}), what)
+        return draw(emulation.with_layers(model, {source.short(n): x for n, x in layers.items()}), what)
 
     return sample
 

@@ -29,6 +29,9 @@ LOADERS = {"checkpoints": "Load Checkpoint", "text_encoders": "Load CLIP", "diff
 SAVED_IN = {"text_encoders": "clip"}  # below output: ComfyUI lists that folder under its old name
 
 
+PARTS = ("model", "model,te", "model,vae", "model,te,vae", "te", "vae", "te,vae")  # of such a checkpoint
+
+
 def register_folders() -> None:
     """Make the demo model, its VAE, LoRA and prompts selectable in the stock loaders without copying."""
     folder_paths.add_model_folder_path("diffusion_models", str(PACK / "workflows" / "models"))
@@ -254,6 +257,11 @@ def _check_name(what: str, name: str, folder: str) -> None:
     odd = any(c in '<>:"|?*' or c < " " or "\ud800" <= c <= "\udfff" for c in name)
     if odd or not all(part.strip(". ") and len(part.encode()) <= MAX_NAME for part in parts):
         raise CalibQuantError(f"{what} {name!r} is no name inside output/{folder}: use one like calibquant/model")
+
+
+def kinds(parts: str) -> tuple[str, ...]:
+    """A choice of PARTS for the engine: the model alone is what every file has, whatever it is."""
+    return () if parts == PARTS[0] else tuple(parts.split(","))
 
 
 def output_path(prefix: str, model_name: str) -> tuple[Path, str]:

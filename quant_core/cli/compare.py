@@ -26,9 +26,13 @@ def options(c: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from .. import jobs
+    from ..files.header import Headers
+    from ..files.markers import parts_of
     from ..models.source import Source
 
-    with Source(args.source, lossy=True) as source, Bar("compare") as bar:
+    with Headers(args.quant) as quant:
+        chosen = parts_of(quant)
+    with Source(args.source, kinds=chosen, lossy=True) as source, Bar("compare") as bar:
         calibration = decision.calibration_of(source, args)
         report = jobs.compare(source, args.quant, progress=bar, calibration=calibration, lora=args.lora)
     if args.json:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import CalibQuantError, OptionError
 from ..locate import find_comfyui
 from .bar import Bar
-from .options import above_zero, layer_format, number, path, regex, split_amount
+from .options import PARTS_HELP, above_zero, layer_format, number, parts, path, regex, split_amount
 from .quiet import stdout_of_libraries_to_stderr
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def add_options(c: argparse.ArgumentParser) -> None:
     budget.add_argument("--table", type=path, metavar="T.json", help="keep what was measured here, and use it again")
     c.add_argument("--set", action="append", type=layer_format, default=[], metavar="LAYER=FORMAT", help=SET_HELP)
     c.add_argument("--rotate", choices=rotation.CHOICES, help=ROTATE_HELP)
+    c.add_argument("--parts", type=parts, default=(), metavar="A,B,…", help=PARTS_HELP)
     c.add_argument("--architecture", metavar="NAME", help="overrules the detected model family")
     c.add_argument("--allow-lossy", action="store_true", help="take a GGUF source below Q8_0, whatever that has lost")
     group = c.add_argument_group("convert_to_quant's words, instead of --recipe")
@@ -181,7 +182,7 @@ def _probe(args: argparse.Namespace) -> Probe:
     from ..evidence import probe
 
     with Bar("probe") as bar:
-        return probe.probe(args.file, args.architecture, progress=bar)
+        return probe.probe(args.file, args.architecture, progress=bar, kinds=args.parts)
 
 
 def _smoothed(source: Source, plan: Plan, calibration: Calibration | None) -> Plan:

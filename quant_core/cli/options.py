@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..errors import OptionError
 
+PARTS_HELP = "of an all-in-one checkpoint: some of model,te,vae (default model); all else is copied as it is"
+
 
 def path(text: str) -> Path:
     if not text.strip() or "\0" in text:
@@ -52,6 +54,15 @@ def regex(text: str) -> str:
     except re.error as e:
         raise argparse.ArgumentTypeError(f"no regular expression: {e}") from e
     return text
+
+
+def parts(text: str) -> tuple[str, ...]:
+    from ..models.parts import KINDS
+
+    wanted = tuple(word.strip() for word in text.split(","))
+    if unknown := [word for word in wanted if word not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: use some of {','.join(KINDS)}")
+    return wanted
 
 
 def layer_format(text: str) -> str:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.plot and not decision.budget_of(args):
         raise OptionError("--plot goes with --size, --bits or --max-error")
-    with Source(args.file, args.architecture, args.allow_lossy) as source:
+    with Source(args.file, args.architecture, args.parts, args.allow_lossy) as source:
         made = decision.make_plan(source, args)
         decision.check_core(made)
         made.save(args.output)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from .bar import Bar
-from .options import above_zero, number, path
+from .options import PARTS_HELP, above_zero, number, parts, path
 
 if TYPE_CHECKING:
     from ..planning.scoring import ScoreOptions
@@ -25,6 +25,7 @@ def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--compat", choices=["quant_probe"], help="decide as that tool does, its defects included")
     c.add_argument("--outlier-sigma", type=above_zero, default=3.0, help="what counts as an outlier (default 3)")
     _score_options(c)
+    c.add_argument("--parts", type=parts, default=(), metavar="A,B,…", help=PARTS_HELP)
     c.add_argument("--device", choices=["auto", "cpu"], default="auto", help="a GPU would wait for the disk: CPU only")
     c.add_argument("--lowram", action="store_true", help="accepted for quant_probe's sake: memory is always low")
 
@@ -55,10 +56,12 @@ def run(args: argparse.Namespace) -> None:
     from ..planning import scoring
     from ..reports import probe_report
 
-    with ModelFile(args.file, args.model, lossy=True) as model:  # before the reading: a slip is told at once
+    with ModelFile(
+        args.file, args.model, args.parts, lossy=True
+    ) as model:  # before the reading: a slip is told at once
         options = _scoring(args, model.architecture.name)
     with Bar("probe") as bar:
-        probed = probe.probe(args.file, args.model, args.outlier_sigma, progress=bar)
+        probed = probe.probe(args.file, args.model, args.outlier_sigma, progress=bar, kinds=args.parts)
     scored = scoring.decide(probed, options, compat=args.compat is not None)
     known = probed.architecture in scoring.DEFAULTS and not args.compat
     theirs = scoring.decide(probed, options, compat=True) if known else None

@@ -41,13 +41,15 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError("give --plan PLAN.json, or --recipe NAME or another way to decide (one of the two)")
     making = decision.words_of_base(args) + ["--pre-quant-scale"] * args.pre_quant_scale
     making += ["--no-input-scale"] * args.no_input_scale + ["--smooth"] * (args.smooth is not None)
-    making += ["--split"] * bool(args.split) + ["--set"] * bool(args.set)
+    making += ["--split"] * bool(args.split) + ["--set"] * bool(args.set) + ["--parts"] * bool(args.parts)
     if args.plan and making:
         raise OptionError(f"{making[0]} is for making a plan: give it to `calibquant plan`")
     if args.split:
         branch_path(args.output)  # says what is wrong with the name before the plan takes its time
-    with Source(args.file, args.architecture, args.allow_lossy) as source:
-        made = plan.load(args.plan) if args.plan else decision.make_plan(source, args)
+    given = plan.load(args.plan) if args.plan else None
+    parts = given.parts if given else args.parts
+    with Source(args.file, args.architecture, parts, args.allow_lossy) as source:
+        made = given or decision.make_plan(source, args)
         decision.check_core(made)
         seen = decision.calibration_of(source, args) if args.plan else None  # else the plan has it
         if args.rounding == "auto" and made.calibration and seen is None and made.seen is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,13 +89,14 @@ def probe(
     outlier_sigma: float = 3.0,
     sample: int = SAMPLE,
     progress: Progress | None = None,
+    kinds: Collection[str] = (),
 ) -> Probe:
-    """Statistics and format errors of every 2-D weight of the diffusion model in ``path``.
+    """Statistics and format errors of every 2-D weight of the diffusion model (or other parts) in ``path``.
 
     Scaled FP8 sources are dequantized first. Memory: the largest weight as stored, once per thread.
     Raises CalibQuantError for a quantized source and for NaN/Inf weights, naming the tensor.
     """
-    with ModelFile(path, architecture, lossy=True) as model:
+    with ModelFile(path, architecture, kinds, lossy=True) as model:
         layers: dict[str, LayerProbe] = {}
         order = sorted(model.layers, key=lambda n: -model.checkpoint.entries[n + ".weight"].nbytes)
         with ThreadPoolExecutor(os.cpu_count() and min(os.cpu_count() or 1, 4)) as pool:

@@ -14,6 +14,7 @@ from .text import parse_json
 
 METADATA_KEY = "_quantization_metadata"
 PROVENANCE_KEY = "calibquant"
+PARTS = "parts"  # entry in the provenance: the parts of a checkpoint that were chosen, other than the model alone
 SPLIT = "split"  # entry in the provenance of a file that is wrong without its LoRA
 FP8 = ("F8_E4M3", "F8_E5M2")
 MAX_CONFIG = 1 << 16  # bytes of a comfy_quant tensor; ours has 60
@@ -75,6 +76,12 @@ def provenance(file: Headers) -> dict[str, Any] | None:
     except CalibQuantError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def parts_of(file: Headers) -> tuple[str, ...]:
+    """The parts of a checkpoint that were chosen when this file was made; () for the diffusion model alone."""
+    found = (provenance(file) or {}).get(PARTS)
+    return tuple(kind for kind in found if isinstance(kind, str)) if isinstance(found, list) else ()
 
 
 def branch_of(file: Headers) -> tuple[str, str] | None:

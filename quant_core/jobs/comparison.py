@@ -53,7 +53,7 @@ def compare(
                 source.shape(name),
                 quantized.nbytes(other),
             )
-            seen = calibration.layers.get(name.removeprefix(source.prefix)) if calibration else None
+            seen = calibration.layers.get(source.short(name)) if calibration else None
             if calibration and seen and seen.group in calibration.rows and report.format != SOURCE:
                 rows = calibration.rows[seen.group].rows
                 bias = source.checkpoint.read(f"{name}.bias") if f"{name}.bias" in source.checkpoint.entries else None
@@ -98,7 +98,7 @@ def layer_pairs(source: Source, quantized: QuantizedFile) -> list[tuple[str, str
     """(layer in the source, layer in the file): the two may carry different prefixes."""
     pairs = []
     for name in source.layers:
-        other = quantized.prefix + name.removeprefix(source.prefix)
+        other = quantized.prefix + source.short(name) if name.startswith(source.prefix) else name
         if other + ".weight" not in quantized.checkpoint.entries:
             raise CalibQuantError(
                 f"{quantized.checkpoint.path}: has no layer {other}: it is not made from {source.path}"

@@ -101,7 +101,7 @@ def _converted_specs(source: Source, layers: Mapping[str, Mapping[str, torch.Ten
         if key in source.consumed:
             continue
         as_is = layer in layers or not source.is_scaled(key)
-        specs.append(TensorSpec(key, DTYPES[entry.dtype] if as_is else source.model_dtype, entry.shape))
+        specs.append(TensorSpec(key, DTYPES[entry.dtype] if as_is else source.model_dtype(layer), entry.shape))
         if key.endswith(".weight") and layer in layers:
             specs += [TensorSpec(f"{layer}.{n}", t.dtype, tuple(t.shape)) for n, t in layers[layer].items()]
     return specs

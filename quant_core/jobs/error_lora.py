@@ -94,7 +94,7 @@ def _layers(source: Source, file: QuantizedFile) -> list[tuple[str, str]]:
             "into a 16-bit file first, and give that as the source"
         )
     found = [(name, other) for name, other in layer_pairs(source, file) if file.format(other) != SOURCE]
-    unknown = file.configs.keys() - {other for _, other in found}
+    unknown = {name for name in file.configs if name.startswith(file.prefix)} - {other for _, other in found}
     if unknown:
         raise CalibQuantError(f"{source.path}: has no layer {min(unknown)}: it is not what {path} is made from")
     if not found:
@@ -120,7 +120,7 @@ class _Fit:
         weight = merged(weight, f"{name}.weight", self._merge).float()
         decoded = torch.cat(list(self._file.rows(other, tuple(weight.shape))))
         rank = max(1, min(self._rank, min(weight.shape) // 2))
-        short = name.removeprefix(self._source.prefix)
+        short = self._source.short(name)
         seen = self._calibration.layers.get(short) if self._calibration else None
         if self._calibration and seen and len(self._calibration.rows_of(short)) >= 2 * HELD_OUT:
             before, after, factors = self._by_outputs(name, other, weight, decoded, rank, seen.group)

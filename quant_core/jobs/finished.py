@@ -49,7 +49,7 @@ class QuantizedFile:
         self.branches = Checkpoint(found) if found else None
         present(self.checkpoint)  # refuses scales that ComfyUI would lose
         self.prefix = split_prefix(self.checkpoint.entries)
-        self.configs = declared_configs(self.checkpoint, self.prefix)
+        self.configs = {**declared_configs(self.checkpoint), **declared_configs(self.checkpoint, self.prefix)}
 
     def __enter__(self) -> QuantizedFile:
         return self

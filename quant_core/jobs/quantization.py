@@ -79,7 +79,7 @@ def quantize(
     job = reuse.job(source, plan, merged, calibration, rounding, verify)
     merge = folds.merge(source, plan.folds, merge)
     calibration = calibration and folds.seen(source, plan.folds, calibration)
-    rounder = Rounder(where, calibration, rounding, source.prefix)
+    rounder = Rounder(where, calibration, rounding, source.short)
     check_target(output, predicted_size(source, plan), overwrite)
     hasher = Hasher(source.checkpoint.files)
     steps = _Steps(source, plan, verify, progress)
@@ -94,7 +94,8 @@ def quantize(
             runs = None if calibration is None else len(set(calibration.info.get("runs", [])))
             sizes = source.checkpoint.nbytes(), writer.size
             report = Report(*names, *sizes, layers=layers, runs=runs, folds=plan.folds)
-            report = replace(report, needs_comfyui=core_needed(plan), words=words(plan, source))
+            said = [*source.about_parts(), *words(plan, source)]
+            report = replace(report, needs_comfyui=core_needed(plan), words=said)
             if beside:
                 report = replace(report, lora=str(beside.path), lora_bytes=beside.size)
             if verify:
@@ -182,6 +183,8 @@ def _write_tensors(
         layer = key.removesuffix(".weight")
         if source.is_scaled(key) or (key != layer and layer in plan.layers):
             return source.load(layer)
+        if source.halves(key):
+            return _halved(source, key)
         return source.checkpoint.read(key) if key in merge and key not in written else None
 
     reports = []
@@ -256,9 +259,18 @@ def _round(
         stored[_bias_key(layer)] = bias if done.bias is None else done.bias
     factors = {}
     if done.branch:
-        keys = lora.keys(layer.removeprefix(source.prefix))
+        keys = lora.keys(source.short(layer))
         factors = dict(zip(keys, (done.branch.up, done.branch.down), strict=True))
     return stored, report, factors
+
+
+def _halved(source: Source, key: str) -> torch.Tensor:
+    """A tensor of float32 as float16; CalibQuantError for values that it cannot hold."""
+    tensor = source.checkpoint.read(key)
+    half = tensor.half()
+    if not half.isfinite().all() and tensor.isfinite().all():
+        raise CalibQuantError(f"{source.path}: tensor {key} has values above float16's: leave its part as it is")
+    return half
 
 
 def _bias_key(layer: str) -> str:

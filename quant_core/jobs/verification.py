@@ -46,6 +46,7 @@ def verify(
                     f"{layer.error:.4e}: do not use this file, and report a bug"
                 )
         _verify_others(source, report, quantized, merge or {})
+        _verify_halved(source, report, quantized)
 
 
 def _verify_others(source: Source, report: Report, quantized: QuantizedFile, merge: Merge) -> None:
@@ -57,6 +58,13 @@ def _verify_others(source: Source, report: Report, quantized: QuantizedFile, mer
             before = source.load(key.removesuffix(".weight")).to(source.kept_dtype(key.removesuffix(".weight")))
         wanted = merge[key](before.float()).to(before.dtype), quantized.checkpoint.read(key)
         if not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in wanted)):
+            raise CalibQuantError(f"{report.output}: {key} is not what it was to be: do not use it, and report a bug")
+
+
+def _verify_halved(source: Source, report: Report, quantized: QuantizedFile) -> None:
+    layers = {f"{layer.name}.{end}" for layer in report.layers for end in ("weight", "bias")}
+    for key in filter(source.halves, source.checkpoint.entries.keys() - layers):
+        if not torch.equal(source.checkpoint.read(key).half(), quantized.checkpoint.read(key)):
             raise CalibQuantError(f"{report.output}: {key} is not what it was to be: do not use it, and report a bug")
 
 

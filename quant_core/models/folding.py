@@ -74,7 +74,7 @@ def groups(file: ModelFile) -> dict[str, Group]:
                 _resolved(file, rule, layer.removesuffix(info.kind)) if info.kind == rule.consumers[0].kind else None
             )
             if group:
-                found[layer.removeprefix(file.prefix)] = group
+                found[file.short(layer)] = group
     return found
 
 
@@ -100,7 +100,7 @@ def input_factors(file: ModelFile, factors: Mapping[str, torch.Tensor]) -> dict[
     known, inputs = groups(file), dict[str, torch.Tensor]()
     for name, s in factors.items():
         for part in known[name].consumers:
-            layer, whole = part.module.removeprefix(file.prefix), torch.ones(file.shape(part.module)[1])
+            layer, whole = file.short(part.module), torch.ones(file.shape(part.module)[1])
             inputs[layer] = inputs.get(layer, whole) / known[name].along(part, s, len(whole))
     return inputs
 
@@ -111,7 +111,7 @@ def output_factors(file: ModelFile, factors: Mapping[str, torch.Tensor]) -> dict
     for name, s in factors.items():
         for part in known[name].producers:
             if part.module in file.layers:  # a norm is none
-                layer, whole = part.module.removeprefix(file.prefix), torch.ones(file.shape(part.module)[0])
+                layer, whole = file.short(part.module), torch.ones(file.shape(part.module)[0])
                 outputs.setdefault(layer, whole)[part.start : part.stop] /= s
     return outputs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING
 from ..errors import CalibQuantError
 from ..files.header import Headers, TensorEntry
 from ..files.markers import FP8, declared_formats
+from ..files.text import gigabytes
+from . import parts
 from .architectures import Architecture, LayerInfo, by_name, detect, split_prefix
 from .diffusers import present
+from .parts import KINDS, Part
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,10 +56,10 @@ class ModelFile:
     """A 16/32-bit (or scaled FP8) diffusion model, open for reading.
 
     Of a file in diffusers layout everything here is named and joined as ComfyUI does it (``diffusers``).
-    ``layers`` maps each layer (a 2-D weight of the diffusion model, named as in the checkpoint without ``.weight``) to
+    ``layers`` maps each layer (a 2-D weight of the chosen parts, named as in the checkpoint without ``.weight``) to
     what the architecture table knows of it, and whether the loader runs it as a Linear. ``prefix`` is what the
-    diffusion model's keys begin with in this file; all other keys (CLIP, VAE of an all-in-one checkpoint) are copied
-    untouched.
+    diffusion model's keys begin with in this file. ``kinds`` chooses parts of an all-in-one checkpoint (keys of KINDS;
+    by default the diffusion model alone); the keys of all others are copied untouched.
 
     Raises CalibQuantError for a file that is quantized already (anything but FP8 and GGUF's Q8_0) or holds no layer to
     quantize. lossy: GGUF types below Q8_0 are taken, too.
@@ -63,7 +67,13 @@ class ModelFile:
 
     reader: type[Headers] = Headers
 
-    def __init__(self, path: str | os.PathLike[str], architecture: str | None = None, lossy: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        architecture: str | None = None,
+        kinds: Collection[str] = (),
+        lossy: bool = False,
+    ) -> None:
         self.checkpoint = self.reader(path)
         self.path = self.checkpoint.path
         _refuse_lora(self.path, self.checkpoint.entries)
@@ -73,19 +83,28 @@ class ModelFile:
         present(self.checkpoint)
         keys = self.checkpoint.entries
         self.prefix = split_prefix(keys)
-        self._refuse_quantized()
-        self.dialect = self._dialect()
         model_shapes = {k: e.shape for k, e in keys.items() if k.startswith(self.prefix)}
         self.architecture: Architecture = by_name(architecture) if architecture else detect(model_shapes, model_shapes)
+        main = Part(self.architecture.part, self.prefix, self.architecture)
+        self.contents = parts.find(keys, main)
+        self.parts = self._chosen(kinds) if kinds else [main]
+        self.kinds = () if self.parts == [main] else tuple(kind for kind in KINDS if kind in kinds)
+        self._scaled = [part for part in self.parts if part.architecture]
+        self._refuse_quantized()
+        self.dialect = self._dialect()
         self.consumed = self._consumed_keys()
         self._refuse_unknown_scales()
         weights = [k for k, _ in self._weights()]
         matrices = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) == 2]
-        self.layers: dict[str, LayerInfo] = self.architecture.describe_file(matrices, keys)
+        self.layers: dict[str, LayerInfo] = {}
+        for part in self._scaled:
+            self.layers |= part.describe([name for name in matrices if name.startswith(part.prefix)], keys)
+        self.halved = tuple(part.prefix for part in self.parts if not part.architecture and self._is_float32(part))
         self.banks = [k for k in weights if len(keys[k].shape) == 3 and ".experts." in k]
         self.convolutions = [k.removesuffix(".weight") for k in weights if len(keys[k].shape) in (4, 5)]
         self._refuse_unread()
-        if not any(info.block is not None for info in self.layers.values()):
+        if not self.halved and not any(info.block is not None for info in self.layers.values()):
+            self._refuse_unscaled()
             raise CalibQuantError(
                 f"{self.path}: no Linear layer inside a numbered block: this is no diffusion model that can be "
                 "quantized here"
@@ -101,6 +120,14 @@ class ModelFile:
     def name(self) -> str:
         return self.path.name
 
+    def short(self, layer: str) -> str:
+        """The name without its part's prefix: as calibrations know it."""
+        return layer.removeprefix(self._prefix_of(layer))
+
+    def halves(self, key: str) -> bool:
+        """Whether this tensor of float32 is stored as float16: the best that loaders read of its part."""
+        return key.startswith(self.halved) and self.checkpoint.entries[key].dtype == "F32"
+
     def shape(self, layer: str) -> tuple[int, ...]:
         return self.checkpoint.entries[layer + ".weight"].shape
 
@@ -112,7 +139,7 @@ class ModelFile:
 
     def is_scaled(self, key: str) -> bool:
         """Whether this key is a weight stored as codes and scales: FP8 with a scale of its own, or GGUF's blocks."""
-        if not (key.endswith(".weight") and key.startswith(self.prefix)):
+        if not (key.endswith(".weight") and self.inside(key)):
             return False
         return (
             self.checkpoint.entries[key].blocks is not None or self.scale_key(key.removesuffix(".weight")) is not None
@@ -138,6 +165,21 @@ class ModelFile:
             )
         return notes
 
+    def about_parts(self) -> list[str]:
+        """What becomes of the parts that are not quantized."""
+        notes = []
+        for part in self.parts:
+            if not part.architecture:
+                how = "stored as float16 instead of float32" if part.prefix in self.halved else "stays as it is"
+                notes.append(f"{part.title} ({part.prefix}*) {how}: ComfyUI reads no scales for it in a checkpoint")
+        wide = [part for part in self.contents if part not in self.parts and self._is_float32(part)]
+        if wide:
+            prefixes = tuple(part.prefix for part in wide)
+            nbytes = sum(e.nbytes for k, e in self.checkpoint.entries.items() if k.startswith(prefixes))
+            words = ",".join(dict.fromkeys(part.kind for part in [*self.parts, *wide]))
+            notes.append(f"{gigabytes(nbytes)} of other parts stay float32: parts {words} would make them smaller")
+        return notes
+
     def _guessed(self) -> str:
         """What the generic row made of this file's names, in one line."""
         blocks = {(info.subgraph, info.block) for info in self.layers.values() if info.block is not None}
@@ -154,7 +196,37 @@ class ModelFile:
         return [(key, entry) for key, entry in self.checkpoint.entries.items() if self._is_weight(key, entry)]
 
     def _is_weight(self, key: str, entry: TensorEntry) -> bool:
-        return key.startswith(self.prefix) and key.endswith(".weight") and entry.dtype in FLOATS
+        return self.inside(key) and key.endswith(".weight") and entry.dtype in FLOATS
+
+    def _prefix_of(self, key: str) -> str:
+        return next((part.prefix for part in self.contents if key.startswith(part.prefix)), "")
+
+    def inside(self, key: str) -> bool:
+        """Whether this is a key of a chosen part whose layers can be quantized."""
+        return key.startswith(tuple(part.prefix for part in self._scaled))
+
+    def _is_float32(self, part: Part) -> bool:
+        """Whether what counts in this part is float32, and not only a norm here and there."""
+        inside = (e for k, e in self.checkpoint.entries.items() if k.startswith(part.prefix))
+        dtypes = {e.dtype for e in inside if len(e.shape) > 1}
+        return "F32" in dtypes and not dtypes & {"F16", "BF16", *FP8}
+
+    def _chosen(self, kinds: Collection[str]) -> list[Part]:
+        here = dict.fromkeys(part.kind for part in self.contents)
+        if lost := [kind for kind in kinds if kind not in here]:
+            raise CalibQuantError(
+                f"{self.path}: has no part {lost[0]} ({KINDS.get(lost[0], 'unknown')}): choose of {', '.join(here)}"
+            )
+        return [part for part in self.contents if part.kind in kinds]
+
+    def _refuse_unscaled(self) -> None:
+        """Of the chosen parts nothing can be made smaller."""
+        if self.parts and not self._scaled:
+            names = ", ".join(part.title for part in self.parts)
+            raise CalibQuantError(
+                f"{self.path}: nothing to do: of {names} ComfyUI reads no scales in a checkpoint, and it is 16 bit "
+                "already: choose part model, too"
+            )
 
     def _dialect(self) -> Dialect | None:
         keys = self.checkpoint.entries
@@ -170,7 +242,8 @@ class ModelFile:
         if not self.dialect:
             return frozenset()
         suffixes = [self.dialect.scale, ".comfy_quant", *(d.input_scale for d in DIALECTS if d.input_scale)]
-        markers = {self.prefix + self.dialect.marker, self.dialect.marker} if self.dialect.marker else set()
+        prefixes = ["", *(part.prefix for part in self._scaled)]
+        markers = {prefix + self.dialect.marker for prefix in prefixes} if self.dialect.marker else set()
         return frozenset(
             key
             for key in self.checkpoint.entries
@@ -180,18 +253,18 @@ class ModelFile:
     def _refuse_unknown_scales(self) -> None:
         """An FP8 weight whose scale went unseen would be wrong without a word."""
         for key in self.checkpoint.entries:
-            layer, _, suffix = key.removeprefix(self.prefix).replace(".weight.", ".", 1).rpartition(".")
-            weight = f"{self.prefix}{layer}.weight"
-            if "scale" not in suffix or key in self.consumed or weight not in self.checkpoint.entries:
+            layer, _, suffix = key.replace(".weight.", ".", 1).rpartition(".")
+            if "scale" not in suffix or key in self.consumed:
                 continue
-            if self.checkpoint.entries[weight].dtype in FP8:
+            weight = self.checkpoint.entries.get(f"{layer}.weight") if self.inside(key) else None
+            if weight is not None and weight.dtype in FP8:
                 raise CalibQuantError(
-                    f"{self.path}: layer {self.prefix}{layer} is FP8 beside {key}, a scale that is not known here: "
+                    f"{self.path}: layer {layer} is FP8 beside {key}, a scale that is not known here: "
                     "quantize from the 16-bit original"
                 )
 
     def _has_weight(self, key: str, suffix: str) -> bool:
-        return key.startswith(self.prefix) and key.removesuffix(suffix) + ".weight" in self.checkpoint.entries
+        return self.inside(key) and key.removesuffix(suffix) + ".weight" in self.checkpoint.entries
 
     def _refuse_unread(self) -> None:
         """Of some files the loader reads no scale at all."""
@@ -200,13 +273,15 @@ class ModelFile:
             raise CalibQuantError(f"{self.path}: {row.title}: {row.unread[0][1]}: leave it as it is")
 
     def _refuse_quantized(self) -> None:
-        for layer, fmt in declared_formats(self.checkpoint, self.prefix).items():
-            if not fmt.startswith("float8_"):
-                raise CalibQuantError(_already(self.path, layer, fmt))
+        for part in self._scaled:
+            for layer, fmt in declared_formats(self.checkpoint, part.prefix).items():
+                here = part.prefix == self.prefix or layer + ".weight" in self.checkpoint.entries
+                if here and not fmt.startswith("float8_"):
+                    raise CalibQuantError(_already(self.path, layer, fmt))
         for key, entry in self.checkpoint.entries.items():
-            if key.startswith(self.prefix) and key.endswith(".weight") and entry.dtype not in FLOATS:
+            if self.inside(key) and key.endswith(".weight") and entry.dtype not in FLOATS:
                 raise CalibQuantError(_already(self.path, key.removesuffix(".weight"), entry.dtype))
-            if key.startswith(self.prefix) and entry.dtype == "F8_E8M0":
+            if self.inside(key) and entry.dtype == "F8_E8M0":
                 raise CalibQuantError(_already(self.path, key.rpartition(".")[0], "mxfp8"))
 
 

@@ -30,17 +30,20 @@ class Source(ModelFile):
 
     def kept_dtype(self, layer: str) -> torch.dtype:
         """The dtype in which the weight is written when a plan leaves it alone."""
-        if self.is_scaled(layer + ".weight"):
-            return self.model_dtype
-        return DTYPES[self.checkpoint.entries[layer + ".weight"].dtype]
+        is_scaled = self.is_scaled(layer + ".weight")
+        return self.model_dtype(layer) if is_scaled else self.copied_dtype(layer + ".weight")
 
-    @property
-    def model_dtype(self) -> torch.dtype:
-        """The 16/32-bit dtype that most tensors of the diffusion model have; bfloat16 when none has one."""
+    def copied_dtype(self, key: str) -> torch.dtype:
+        """The dtype in which a tensor is written that is not quantized."""
+        return torch.float16 if self.halves(key) else DTYPES[self.checkpoint.entries[key].dtype]
+
+    def model_dtype(self, layer: str) -> torch.dtype:
+        """The 16-bit dtype that most tensors of the layer's part have; bfloat16 when none has one."""
+        prefix = self._prefix_of(layer)
         wide = Counter(
             e.dtype
             for k, e in self.checkpoint.entries.items()
-            if k.startswith(self.prefix) and e.dtype in ("BF16", "F16") and k.endswith((".weight", ".bias"))
+            if k.startswith(prefix) and e.dtype in ("BF16", "F16") and k.endswith((".weight", ".bias"))
         )
         return DTYPES[wide.most_common(1)[0][0]] if wide else torch.bfloat16
 

@@ -94,6 +94,7 @@ class MadeWith:
     input_scale: bool
     calibration: dict[str, Any] | None  # its summary; None: guessed
     fold: bool = False
+    parts: str = ""  # of a checkpoint, as they were chosen
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,8 @@ def made_with(
     seen = None
     if calibration is not None:
         seen = {**summary(calibration), "sensitivities": len(calibration.sensitivities)}
-    return MadeWith(source.checkpoint.fingerprint(), gpu, options, rounding, input_scale, seen, fold)
+    parts = ",".join(source.kinds)
+    return MadeWith(source.checkpoint.fingerprint(), gpu, options, rounding, input_scale, seen, fold, parts)
 
 
 def _as_run(source: Source, options: tuple[str, ...]) -> tuple[str, ...]:
@@ -259,7 +261,7 @@ def measure(
     chosen = _folds(source, calibration, how, progress) if how.fold else {}
     damage = _damage(source, calibration, chosen)
     merge, calibration = folds.merge(source, chosen), folds.seen(source, chosen, calibration)
-    rounder = Rounder(device, calibration, how.rounding, source.prefix)
+    rounder = Rounder(device, calibration, how.rounding, source.short)
     planned = entries(source, how.options, calibration if how.input_scale else None)
     measured: dict[str, dict[str, Cost]] = {}
     for i, name in enumerate(
@@ -291,7 +293,7 @@ def _folds(source: Source, calibration: Calibration, how: MadeWith, progress: Pr
 def _damage(source: Source, calibration: Calibration, chosen: Mapping[str, Fold]) -> Damage | None:
     """By the gradients of the model that was calibrated: a folded layer's inputs and outputs are taken back to it."""
     known, factors = calibration.sensitivities, folds.factors(source, chosen)
-    if not {name.removeprefix(source.prefix) for name in entries(source, ())} <= known.keys():
+    if not {source.short(name) for name in entries(source, ())} <= known.keys():
         return None
     inputs, outputs = folding.input_factors(source, factors), folding.output_factors(source, factors)
 
@@ -303,7 +305,7 @@ def _damage(source: Source, calibration: Calibration, chosen: Mapping[str, Fold]
 
 
 def _group(source: Source, calibration: Calibration, layer: str) -> str:
-    seen = calibration.layers.get(layer.removeprefix(source.prefix))
+    seen = calibration.layers.get(source.short(layer))
     return seen.group if seen else layer
 
 
@@ -336,7 +338,7 @@ def _measure_layer(
         tried = rounder.trial(name, as_run, weight, where, bias, branch)
         if branch and not tried.error < costs[base].error:
             continue
-        harm = None if damage is None else _harm(damage, name.removeprefix(source.prefix), tried)
+        harm = None if damage is None else _harm(damage, source.short(name), tried)
         costs[option] = Cost(tried.error, nbytes, kind, harm)
     return costs
 

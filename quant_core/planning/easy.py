@@ -188,4 +188,4 @@ def _weighting(source: Source, table: CostTable, calibration: Calibration | None
     if table.has_damage:
         return "gradient"
     known = calibration.layers if calibration else {}
-    return "hswq" if all(name.removeprefix(source.prefix) in known for name in table.layers) else "uniform"
+    return "hswq" if all(source.short(name) in known for name in table.layers) else "uniform"

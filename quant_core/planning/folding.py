@@ -89,7 +89,7 @@ def _look(source: Source, plan: Plan, calibration: Calibration, part: Part) -> S
 
     Exact inputs gain nothing, and rotated ones lose: by this measure W4A8 with GPTQ got 10 % worse on demo layers.
     """
-    entry, stats = plan.layers[part.module], calibration.layers.get(part.module.removeprefix(source.prefix))
+    entry, stats = plan.layers[part.module], calibration.layers.get(source.short(part.module))
     if stats is None or stats.group not in calibration.rows:
         return None
     if entry.full_precision or FORMATS[entry.format].rotation(source.shape(part.module)[1]):

@@ -10,8 +10,8 @@ import torch
 
 from .. import __version__
 from ..errors import CalibQuantError
-from ..files.checkpoint import DTYPES, HASH_PLACEHOLDER, TensorSpec, file_size, make_header
-from ..files.markers import METADATA_KEY, PROVENANCE_KEY, SPLIT, header_layers
+from ..files.checkpoint import HASH_PLACEHOLDER, TensorSpec, file_size, make_header
+from ..files.markers import METADATA_KEY, PARTS, PROVENANCE_KEY, SPLIT, header_layers
 from ..formats import FORMATS, SOURCE, changes_shape
 from ..models import lora
 from ..models.source import Source
@@ -78,7 +78,7 @@ def output_specs(source: Source, plan: Plan) -> list[TensorSpec]:
         elif source.is_scaled(key):  # a scaled Conv weight: its scale has no place in the native dialect
             specs.append(TensorSpec(key, source.kept_dtype(layer), entry.shape))
         else:
-            specs.append(TensorSpec(key, DTYPES[entry.dtype], entry.shape))
+            specs.append(TensorSpec(key, source.copied_dtype(key), entry.shape))
     return specs
 
 
@@ -100,9 +100,7 @@ def output_metadata(
     """
     used = "+".join(name for name in ROUNDINGS if name in roundings)
     untouched = {
-        layer: config
-        for layer, config in header_layers(source.checkpoint).items()
-        if source.prefix and not layer.startswith(source.prefix) and layer + ".weight" in source.checkpoint.entries
+        layer: config for layer, config in header_layers(source.checkpoint).items() if _is_copied(source, layer)
     }
     configs = {layer: layer_config(entry, source.shape(layer)) for layer, entry in plan.layers.items()}
     ours = {layer: config for layer, config in configs.items() if config is not None}
@@ -118,6 +116,8 @@ def output_metadata(
         JOB: job,
         "plan": {layer: [entry.format, entry.reason] for layer, entry in plan.layers.items()},
     }
+    if plan.parts:
+        provenance[PARTS] = list(plan.parts)
     if plan.folds:
         provenance[folds.KEY] = folds.to_json(plan.folds)
         provenance["folded"] = {"layers": folds.changed(source, plan.folds), "note": folds.LORAS}
@@ -131,6 +131,13 @@ def output_metadata(
     return metadata
 
 
+def _is_copied(source: Source, layer: str) -> bool:
+    """Whether what the source's header says of a layer goes for the output, too: it is of a part not chosen."""
+    keys = (layer + ".weight", source.prefix + layer + ".weight")
+    stored = next((key for key in keys if key in source.checkpoint.entries), "")
+    return bool(stored) and not source.inside(stored)
+
+
 def predicted_size(source: Source, plan: Plan) -> int:
     """Exact bytes of the file that this plan makes of this source."""
     return file_size(output_specs(source, plan), output_metadata(source, plan))
@@ -140,7 +147,7 @@ def branch_specs(source: Source, plan: Plan) -> list[TensorSpec]:
     """Every tensor of a split's LoRA."""
     specs = []
     for layer, rank in plan.ranks().items():
-        up, down = lora.keys(layer.removeprefix(source.prefix))
+        up, down = lora.keys(source.short(layer))
         rows, columns = source.shape(layer)
         specs += [TensorSpec(up, lora.DTYPE, (rows, rank)), TensorSpec(down, lora.DTYPE, (rank, columns))]
     return specs
@@ -175,6 +182,9 @@ def branch_metadata(
 def check(source: Source, plan: Plan) -> None:
     """CalibQuantError when the plan does not fit the source."""
     folds.check(source, plan.folds)
+    if plan.parts != source.kinds:
+        asked = ",".join(plan.parts) or "no choice of parts"
+        raise CalibQuantError(f"{source.path}: was opened for other parts than the plan was made for ({asked}): say so")
     for layer, entry in plan.layers.items():
         known = layer in source.layers or layer in source.convolutions
         if not known:
@@ -205,6 +215,8 @@ def _no_branch(source: Source, layer: str, entry: LayerPlan) -> str:
     """Why this layer cannot have the branch that is planned for it, "" if it can."""
     if entry.pre_quant_scale:
         return f"{smoothing.KEY} excludes it"
+    if layer in source.layers and source.layers[layer].weight_only:
+        return "its inputs are not rounded, and no LoRA loader of models reaches it"
     if entry.format in split.WITHOUT:
         return f"newer ComfyUI would lose it beside {entry.format}"
     fits = layer in source.layers and entry.rank <= min(source.shape(layer))

@@ -28,7 +28,7 @@ LEAST_SCALE = 2.0**-126  # of activations: loaders divide by it
 
 @dataclass(frozen=True)
 class Plan:
-    """One decision per 2-D weight of the diffusion model, in the order of the source file.
+    """One decision per 2-D weight of the chosen parts, in the order of the source file.
 
     ``size`` is the exact number of bytes of the output file, header included, for the source the plan was made
     for (0 in a plan written by hand).
@@ -42,6 +42,7 @@ class Plan:
     calibration: dict[str, Any] | None = None  # summary of the calibration the plan was made with
     folds: dict[str, Fold] = field(default_factory=dict)  # what changes the scale of channels, by group
     gpu: str = ""  # the card that it was made for, a key of targets.GPUS; "": none in particular
+    parts: tuple[str, ...] = ()  # of a checkpoint, as they were chosen; (): the diffusion model alone
     predicted: dict[str, Any] | None = None  # what the allocation expects (budget.py), with its controls and curve
     seen: Callable[[], Calibration] | None = field(default=None, compare=False, repr=False)  # itself, while in memory
     path: Path | None = field(default=None, compare=False, repr=False)  # of the source, while in memory
@@ -85,6 +86,7 @@ def from_json(text: str, origin: str = "plan") -> Plan:
             _object(raw, "calibration"),
             folds.parse(raw.get("folds"), origin),
             str(raw.get("gpu", "")),
+            tuple(map(str, raw.get("parts", ()))),
             _object(raw, "predicted"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:

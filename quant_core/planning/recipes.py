@@ -170,6 +170,7 @@ def unmatched(source: Source, recipe: Recipe) -> list[str]:
 
 def sized(source: Source, plan: Plan) -> Plan:
     """The plan with the exact size of the file it makes."""
+    plan = replace(plan, parts=source.kinds)
     return replace(plan, size=predicted_size(source, plan))
 
 
@@ -201,7 +202,7 @@ def hswq(source: Source, calibration: Calibration, ratio: float = 0.25, scaled: 
     """
     scoring.check_ratio(ratio)
     candidates = {n: i for n, i in source.layers.items() if not i.protected}
-    stats = {n: calibration.layers.get(n.removeprefix(source.prefix)) for n in candidates}
+    stats = {n: calibration.layers.get(source.short(n)) for n in candidates}
     missing = [n for n, seen in stats.items() if seen is None]
     if missing:
         raise CalibQuantError(f"{source.path}: layer {missing[0]} is not in the calibration: calibrate this model")
@@ -233,12 +234,13 @@ def calibrated(source: Source, plan: Plan, calibration: Calibration) -> Plan:
 
 def with_input_scale(source: Source, name: str, entry: LayerPlan, calibration: Calibration) -> LayerPlan:
     """One layer's entry as in ``calibrated``; weight-only where that was wanted for itself (W4A16) stays so."""
-    seen = calibration.layers.get(name.removeprefix(source.prefix))
+    seen = calibration.layers.get(source.short(name))
     amax = float(seen.input_amax.max()) if seen else 0.0
     if not math.isfinite(amax):
         raise CalibQuantError(f"{source.path}: layer {name}: the calibration has {amax} in input_amax: calibrate again")
     note = WEIGHT_ONLY.get(entry.format, "")
-    wanted = source.layers[name].weight_only or not note
+    info = source.layers.get(name)  # None: a convolution
+    wanted = (info and info.weight_only) or not note
     if entry.format not in ACTIVATION_MAX or amax <= 0 or (entry.full_precision and wanted):
         return entry
     reason = entry.reason.removesuffix(f"; {note}") if note else entry.reason
@@ -253,7 +255,7 @@ def smoothed(source: Source, plan: Plan, calibration: Calibration) -> Plan:
     """
     layers, reached = dict(plan.layers), folds.reached(source, plan.folds)
     for name, entry in plan.layers.items():
-        seen = name.removeprefix(source.prefix) in calibration.layers
+        seen = source.short(name) in calibration.layers
         if entry.format in smoothing.FORMATS and seen and not entry.full_precision and name not in reached:
             layers[name] = replace(entry, pre_quant_scale=True)
     return sized(source, replace(plan, layers=layers))
@@ -269,7 +271,7 @@ def summary(calibration: Calibration) -> dict[str, Any]:
 def check_widths(source: Source, calibration: Calibration) -> None:
     """CalibQuantError when the calibration cannot be of this model, whatever names it bears."""
     for layer in source.layers:
-        seen = calibration.layers.get(layer.removeprefix(source.prefix))
+        seen = calibration.layers.get(source.short(layer))
         width = source.shape(layer)[1]
         if seen and len(seen.input_amax) != width:
             raise CalibQuantError(

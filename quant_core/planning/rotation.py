@@ -62,7 +62,7 @@ def _divides(source: Source, layer: str) -> bool:
 
 
 def _better(source: Source, layer: str, entry: LayerPlan, calibration: Calibration | None, merge: Merge) -> LayerPlan:
-    name = layer.removeprefix(source.prefix)
+    name = source.short(layer)
     known = calibration is not None and name in calibration.layers
     group = calibration.layers[name].group if calibration and known else ""
     rows = calibration.rows_of(name) if calibration and group in calibration.rows else torch.empty(0, 0)

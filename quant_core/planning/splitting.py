@@ -103,7 +103,7 @@ def ranked(gains: dict[str, torch.Tensor], costs: dict[str, int], total: int) ->
 
 
 def may_have_branch(source: Source, layer: str, entry: LayerPlan, calibration: Calibration) -> bool:
-    seen = calibration.layers.get(layer.removeprefix(source.prefix))
+    seen = calibration.layers.get(source.short(layer))
     quantized = (
         entry.format in FORMATS
         and entry.format not in WITHOUT
@@ -117,7 +117,7 @@ def _gains(source: Source, layer: str, entry: LayerPlan, calibration: Calibratio
     """What each rank of this layer takes off, up to half of what there is."""
     device, weight = pick_device("auto"), folding.merged(source.load(layer), f"{layer}.weight", merge)
     refuse_damaged(weight, f"{source.path}: layer {layer}")
-    rows = calibration.rows_of(layer.removeprefix(source.prefix)).float()
+    rows = calibration.rows_of(source.short(layer)).float()
     fed = as_loaded(FORMATS[entry.format], rows, entry)
     found = spectrum(weight.to(device), rows.to(device), fed.to(device)).cpu()
     return found[: max(1, min(len(found), weight.shape[1]) // 2)]

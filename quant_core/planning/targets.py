@@ -149,7 +149,7 @@ def fast_on(plan: Plan) -> str:
 
 def multiplications(source: Source, calibration: Calibration | None, layer: str) -> float:
     """Of one layer while the calibration ran; without one of one row."""
-    seen = calibration.layers.get(layer.removeprefix(source.prefix)) if calibration else None
+    seen = calibration.layers.get(source.short(layer)) if calibration else None
     return float(math.prod(source.shape(layer))) * (seen.count if seen else 1)
 
 

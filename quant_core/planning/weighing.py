@@ -47,7 +47,7 @@ def _weights(
     if weighting == "uniform":
         return dict.fromkeys(table.layers, 1.0)
     if weighting == "hswq" and calibration is not None:
-        seen = {name: calibration.layers.get(name.removeprefix(source.prefix)) for name in table.layers}
+        seen = {name: calibration.layers.get(source.short(name)) for name in table.layers}
         if missing := [name for name, stats in seen.items() if stats is None]:
             raise CalibQuantError(f"{source.path}: layer {missing[0]} is not in the calibration: calibrate this model")
         return {name: stats.output_variance for name, stats in seen.items() if stats is not None}

@@ -24,7 +24,8 @@ GUESSED = "guessed: without a calibration only the rounding of weights is known,
 
 def lines(plan: Plan, source: Source | None = None) -> list[str]:
     """Error and size as predicted, what else the bytes could buy, the curve; what to expect of the file."""
-    return [*(_predicted(plan, plan.predicted) if plan.predicted else []), *words(plan, source)]
+    parts = source.about_parts() if source else []
+    return [*(_predicted(plan, plan.predicted) if plan.predicted else []), *parts, *words(plan, source)]
 
 
 def _predicted(plan: Plan, found: dict[str, Any]) -> list[str]:

@@ -103,10 +103,8 @@ class Report(Compared):
         """For the node and the terminal: size, layers per format, worst layer, and all that was said of it."""
         saved = 100 * (1 - self.bytes_after / self.bytes_before) if self.bytes_before else 0.0
         counts = " · ".join(f"{n} {title(fmt)}" for fmt, n in self.count().items())
-        lines = [
-            f"{change_of_size(self.bytes_before, self.bytes_after)} (−{saved:.0f} %)",
-            f"layers: {counts}",
-        ]
+        lines = [f"{change_of_size(self.bytes_before, self.bytes_after)} (−{saved:.0f} %)"]
+        lines += [f"layers: {counts}"] * bool(counts)
         worst = self.worst()
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")

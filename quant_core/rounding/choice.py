@@ -67,14 +67,20 @@ _FactorOf = Callable[[Task, bool], gptq.Factor | str]
 
 
 class Rounder:
-    """Rounds the layers of one job. ``prefix`` is what layer names have in the file and not in the calibration."""
+    """Rounds the layers of one job. ``short`` makes the calibration's name of a layer of its name in the file."""
 
-    def __init__(self, device: torch.device, calibration: Calibration | None, rounding: str, prefix: str = "") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        calibration: Calibration | None,
+        rounding: str,
+        short: Callable[[str], str] = str,
+    ) -> None:
         if rounding not in CHOICES:
             raise CalibQuantError(f"unknown rounding {rounding!r}: use one of {', '.join(CHOICES)}")
         if rounding == "gptq" and calibration is None:
             raise OptionError("rounding gptq needs a calibration: give one, or use search or nearest")
-        self._device, self._calibration, self._rounding, self._prefix = device, calibration, rounding, prefix
+        self._device, self._calibration, self._rounding, self._short = device, calibration, rounding, short
         self._factors: OrderedDict[tuple[str, int, bool, bool], gptq.Factor | str] = OrderedDict()
 
     def round(
@@ -134,7 +140,7 @@ class Rounder:
         return self._branch(task, _inputs_for_branch(task).fitted)
 
     def _task(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None) -> Task:
-        seen = self._calibration.layers.get(layer.removeprefix(self._prefix)) if self._calibration else None
+        seen = self._calibration.layers.get(self._short(layer)) if self._calibration else None
         return Task(entry, weight, where, bias, self._inputs(seen) if seen else None)
 
     def _plain_way(self, task: Task) -> str:

@@ -23,6 +23,7 @@ from .row import (
 
 FLUX = Architecture(
     name="flux",
+    encoders=("t5xxl", "qwen25_7b"),
     title="Flux.1 (dev, schnell)",
     all_of=("img_in.weight", "txt_in.weight", "double_blocks.0.img_mod.lin.weight", "single_blocks.0.linear1.weight"),
     any_of=tuple(f"double_blocks.0.img_attn.norm.key_norm.{end}" for end in ("scale", "weight")),
@@ -59,6 +60,7 @@ FLUX = Architecture(
 FLUX2 = replace(
     FLUX,
     name="flux2",
+    encoders=("mistral3_24b", "qwen3_4b", "qwen3_8b"),
     title="Flux.2 (dev, klein)",
     all_of=("img_in.weight", "double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight"),
     any_of=(),
@@ -77,6 +79,7 @@ FLUX2 = replace(
 CHROMA = replace(
     FLUX,
     name="chroma",
+    encoders=("t5xxl",),
     title="Chroma",
     all_of=("txt_in.weight", "double_blocks.0.img_attn.qkv.weight"),
     any_of=tuple(
@@ -97,6 +100,7 @@ CHROMA = replace(
 CHROMA_RADIANCE = replace(
     CHROMA,
     name="chroma_radiance",
+    encoders=("t5xxl",),
     title="Chroma Radiance",
     all_of=("img_in_patch.weight", *CHROMA.all_of),
 )
@@ -104,6 +108,7 @@ CHROMA_RADIANCE = replace(
 HUNYUAN_VIDEO = replace(
     FLUX,
     name="hunyuan_video",
+    encoders=("llama", "qwen25_7b"),
     title="HunyuanVideo, HunyuanVideo 1.5, HunyuanImage 2.1",
     all_of=("txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_mod.lin.weight"),
     any_of=(),
@@ -129,6 +134,7 @@ HUNYUAN_VIDEO = replace(
 HUNYUAN3D = replace(
     FLUX,
     name="hunyuan3d",
+    encoders=(),
     title="Hunyuan3D 2",
     all_of=("latent_in.weight", "cond_in.weight", "double_blocks.0.img_mod.lin.weight"),
     any_of=(),

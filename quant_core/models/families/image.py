@@ -78,6 +78,7 @@ HIDREAM_O1 = Architecture(
 # The context refiner has no modulation: its norm1 is the norm itself.
 OMNIGEN2 = Architecture(
     name="omnigen2",
+    encoders=("qwen25_3b",),
     title="OmniGen2",
     all_of=("time_caption_embed.timestep_embedder.linear_1.bias", "layers.0.attn.to_q.weight"),
     blocks=tuple(
@@ -112,6 +113,7 @@ _JOINT = "img_instruct_attn.processor"
 BOOGU = replace(
     OMNIGEN2,
     name="boogu",
+    encoders=("qwen3vl_8b",),
     title="Boogu-Image",
     all_of=(f"double_stream_layers.0.{_JOINT}.img_to_q.weight", "single_stream_layers.0.attn.to_q.weight"),
     blocks=(
@@ -159,6 +161,7 @@ PIXART = Architecture(
 _FUSION = ("attn.wq", "attn.wk", "attn.wv", "attn.gate")
 KREA2 = Architecture(
     name="krea2",
+    encoders=("qwen3vl_4b",),
     title="Krea 2",
     all_of=("txtfusion.projector.weight", "first.weight", "blocks.0.attn.wq.weight"),
     blocks=(
@@ -183,6 +186,7 @@ KREA2 = Architecture(
 
 IDEOGRAM4 = Architecture(
     name="ideogram4",
+    encoders=("qwen3vl_8b",),
     title="Ideogram 4",
     all_of=("embed_image_indicator.weight", "input_proj.weight", "layers.0.attention.qkv.weight"),
     blocks=(("main", numbered("layers")),),
@@ -206,6 +210,7 @@ IDEOGRAM4 = Architecture(
 # One Linear makes the modulation of all blocks, so the norms' factors reach q, k and v past its shift: no fold of them.
 ERNIE_IMAGE = Architecture(
     name="ernie_image",
+    encoders=("ministral3_3b",),
     title="ERNIE-Image",
     all_of=("layers.0.mlp.linear_fc2.weight", "layers.0.self_attention.to_q.weight", "text_proj.weight"),
     blocks=(("main", numbered("layers")),),

@@ -10,6 +10,7 @@ from .row import EMBEDDER, FINAL, NORM, READ, TIME, Architecture, Producer, fold
 # ComfyUI tells them apart by the width (3840); the key says the same of all published files, and of small models too.
 LUMINA2 = Architecture(
     name="lumina2",
+    encoders=("gemma2_2b",),
     title="Lumina 2",
     all_of=("cap_embedder.1.weight", "noise_refiner.0.attention.k_norm.weight"),
     blocks=(
@@ -49,6 +50,7 @@ LUMINA2 = Architecture(
 ZIMAGE = replace(
     LUMINA2,
     name="zimage",
+    encoders=("qwen3_4b",),
     title="Z-Image",
     all_of=(*LUMINA2.all_of, "noise_refiner.0.adaLN_modulation.0.weight"),
 )
@@ -56,6 +58,7 @@ ZIMAGE = replace(
 ZIMAGE_PIXEL = replace(
     ZIMAGE,
     name="zimage_pixel",
+    encoders=("qwen3_4b",),
     title="Z-Image in pixel space",
     all_of=(*LUMINA2.all_of, "dec_net.cond_embed.weight"),
     shape_read=(

@@ -19,6 +19,7 @@ from .row import (
 # The last block's text side has no output: only its qkv and a modulation of two parts.
 SD3 = Architecture(
     name="sd3",
+    encoders=("t5xxl",),
     title="Stable Diffusion 3 / 3.5",
     all_of=("joint_blocks.0.context_block.attn.qkv.weight", "joint_blocks.0.x_block.attn.qkv.weight"),
     blocks=(("joint", numbered("joint_blocks")), ("context_processor", numbered(r"context_processor\.layers"))),

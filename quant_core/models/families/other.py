@@ -40,6 +40,7 @@ _ENCODERS = (
 )
 ACE15 = Architecture(
     name="ace15",
+    encoders=("qwen3_2b", "qwen3_4b"),
     title="ACE-Step 1.5",
     all_of=("encoder.lyric_encoder.layers.0.input_layernorm.weight", "decoder.layers.0.self_attn.q_proj.weight"),
     blocks=(("main", numbered(r"decoder\.layers")), *((name, numbered(path)) for name, path in _ENCODERS)),

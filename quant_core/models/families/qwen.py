@@ -8,6 +8,7 @@ from .row import EMBEDDER, FINAL, MODULATION_NOTE, NORM, READ, TIME, Architectur
 
 QWEN_IMAGE = Architecture(
     name="qwen_image",
+    encoders=("qwen25_7b",),
     title="Qwen-Image",
     all_of=("txt_norm.weight", "img_in.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight"),
     not_size=(("txt_norm.weight", 0, 2560),),  # Mage-Flow: the same keys
@@ -41,5 +42,11 @@ QWEN_IMAGE = Architecture(
 
 # The same keys as Qwen-Image: only a width tells them apart, so this row comes after it.
 MAGE_FLOW = replace(
-    QWEN_IMAGE, name="mage_flow", title="Mage-Flow", not_size=(), shape_read=(), notes=QWEN_IMAGE.notes[:1]
+    QWEN_IMAGE,
+    name="mage_flow",
+    encoders=("qwen3vl_4b",),
+    title="Mage-Flow",
+    not_size=(),
+    shape_read=(),
+    notes=QWEN_IMAGE.notes[:1],
 )

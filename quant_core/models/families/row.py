@@ -102,6 +102,7 @@ class Architecture:
     folds: tuple[FoldRule, ...] = ()
     part: str = "model"  # of a checkpoint: the diffusion model, "te" a text encoder, "vision" or "vae"
     unread: Rules = ()  # what ComfyUI's class reads no scales for, besides what no class does
+    encoders: tuple[str, ...] = ()  # text encoders of its checkpoints that ComfyUI tells of scales
     table: str = ""  # the table of tokens, where the loader reads scales for its rows
 
     def matches(self, keys: set[str], shapes: Mapping[str, tuple[int, ...]]) -> bool:

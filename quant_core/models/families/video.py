@@ -23,6 +23,7 @@ _LATENT = "the number of latent channels"
 # modulates the text in each. Gates of heads (LTX-2.3) see what q sees.
 LTXV = Architecture(
     name="ltxv",
+    encoders=("t5xxl",),
     title="LTX-Video",
     all_of=("adaln_single.linear.weight", "patchify_proj.weight", "transformer_blocks.0.attn2.to_k.weight"),
     none_of=("pos_embed.proj.bias",),  # PixArt in diffusers' layout
@@ -46,6 +47,7 @@ _AV = ("audio_to_video_attn", "video_to_audio_attn")
 LTXAV = replace(
     LTXV,
     name="ltxav",
+    encoders=("t5xxl",),
     title="LTX-2",
     all_of=(*LTXV.all_of, "audio_adaln_single.linear.weight"),
     blocks=(
@@ -68,6 +70,7 @@ LTXAV = replace(
 _LOW_RANK = "modulation through 256 channels: scales a whole block, sees one row per step; 8 bit is careful"
 COSMOS = Architecture(
     name="cosmos",
+    encoders=("t5xxl",),
     title="Cosmos 1",
     all_of=("blocks.block0.blocks.0.block.attn.to_q.0.weight", "x_embedder.proj.1.weight"),
     blocks=(("main", r"^blocks\.block(?P<block>\d+)\.(?P<kind>.+)$"),),
@@ -90,6 +93,7 @@ COSMOS = Architecture(
 
 COSMOS_PREDICT2 = Architecture(
     name="cosmos_predict2",
+    encoders=("t5xxl",),
     title="Cosmos-Predict2",
     all_of=("blocks.0.mlp.layer1.weight", "blocks.0.cross_attn.q_proj.weight", "x_embedder.proj.1.weight"),
     blocks=(("main", numbered("blocks")),),
@@ -108,6 +112,7 @@ COSMOS_PREDICT2 = Architecture(
 ANIMA = replace(
     COSMOS_PREDICT2,
     name="anima",
+    encoders=("qwen3_06b",),
     title="Anima",
     all_of=(*COSMOS_PREDICT2.all_of, "llm_adapter.blocks.0.cross_attn.q_proj.weight"),
     blocks=(*COSMOS_PREDICT2.blocks, ("text", numbered(r"llm_adapter\.blocks"))),
@@ -126,6 +131,7 @@ ANIMA = replace(
 _KANDINSKY = ("self_attention", "cross_attention")
 KANDINSKY5 = Architecture(
     name="kandinsky5",
+    encoders=("qwen25_7b",),
     title="Kandinsky 5",
     all_of=("visual_transformer_blocks.0.cross_attention.key_norm.weight", "visual_embeddings.in_layer.weight"),
     blocks=(("visual", numbered("visual_transformer_blocks")), ("text", numbered("text_transformer_blocks"))),
@@ -150,6 +156,7 @@ KANDINSKY5 = Architecture(
 # x is the video, y the text; the last block has no text side. The second half of w1 is its linear arm.
 MOCHI = Architecture(
     name="mochi",
+    encoders=("t5xxl",),
     title="Mochi 1",
     all_of=("t5_yproj.weight", "blocks.0.attn.qkv_x.weight"),
     blocks=(("main", numbered("blocks")),),

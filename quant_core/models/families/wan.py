@@ -9,6 +9,7 @@ from .row import EMBEDDER, FINAL, NORM, TIME, Architecture, Producer, fold, numb
 # none of which changes when a Linear whose sizes divide is quantized.
 WAN = Architecture(
     name="wan",
+    encoders=("umt5xxl",),
     title="Wan 2.1 / 2.2",
     all_of=("head.modulation", "head.head.weight", "blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight"),
     blocks=(("main", numbered("blocks")), ("vace", numbered("vace_blocks"))),
