@@ -225,6 +225,7 @@ def _numbered_alike(prefix: str, suffixes: dict[str, str]) -> list[tuple[Path, s
             root = folder_paths.get_output_directory()
             places.append(folder_paths.get_save_image_path(f"{folder}/{prefix.strip()}", root))
             os.makedirs(places[-1][0], exist_ok=True)
+
     def names(number: int) -> list[tuple[Path, str]]:
         found = []
         for (folder, suffix), (path, stem, _, below, _) in zip(suffixes.items(), places, strict=True):
