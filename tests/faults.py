@@ -3,7 +3,7 @@
 python faults.py FOLDER (kill | fail | signal) [split]
 
 A run is killed (kill) or fails (fail) at its n-th write, fsync, rename or removal, half of a write being done, for all
-n; or gets a SIGKILL after n / 20 of the time it takes (signal). A second run follows. For each n a line of JSON tells
+n (of a split, which takes longer, each third); or gets a SIGKILL after n / 20 of the time it takes (signal). A second run follows. For each n a line of JSON tells
 what the first left and what the second did. Runs are forks of a process that never started a thread, so that each
 takes milliseconds.
 """
@@ -145,7 +145,7 @@ def main(folder: str, how: str, split: str = "") -> None:
     took, wanted, told = time.monotonic() - began, runs.files(), json.loads(runs.told.read_text())
     code, n = KILLED, 0
     while code != 0 and n < (20 if how == "signal" else 10_000):
-        n += 1
+        n += 3 if split else 1
         runs.clear()
         if how == "signal":
             code = runs.fork(seconds=took * n / 20) or KILLED

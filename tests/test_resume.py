@@ -52,7 +52,7 @@ def test_killed_at_any_call_a_run_leaves_no_half_file_and_the_next_one_finishes(
     split: list[str], tmp_path: Path
 ) -> None:
     runs = faults(tmp_path, "kill", *split)
-    assert len(runs) > 25 and runs[-1]["code"] == 0
+    assert len(runs) > (14 if split else 25) and runs[-1]["code"] == 0
     assert all(run["whole"] and run["again"] == 0 and run["same"] for run in runs), runs
     rounded = {run["rounded"] for run in runs}
     assert rounded == {0, 1, 2, 3}  # of 3: none that was finished is rounded again
