@@ -3,9 +3,9 @@
 python faults.py FOLDER (kill | fail | signal) [split]
 
 A run is killed (kill) or fails (fail) at its n-th write, fsync, rename or removal, half of a write being done, for all
-n (of a split, which takes longer, each third); or gets a SIGKILL after n / 20 of the time it takes (signal). A second run follows. For each n a line of JSON tells
-what the first left and what the second did. Runs are forks of a process that never started a thread, so that each
-takes milliseconds.
+n (of a split, which takes longer, each third); or gets a SIGKILL after n / 20 of the time it takes (signal). A second
+run follows. For each n a line of JSON tells what the first left and what the second did. Runs are forks of a process
+that never started a thread, so that each takes milliseconds.
 """
 
 from __future__ import annotations
