@@ -112,10 +112,16 @@ class CalibQuantCalibrate(io.ComfyNode):
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
         architecture, identity = patches.identify(model)
         name = Path(identity.get("source_file", architecture.name)).stem
-        recorder = Recorder(folders.new_calibration_path(f"unfinished/{name}"), patient=True)
-        recorder.prepare(architecture, identity, rows)
+        how = [samples, steps, cfg, sampler_name, scheduler, width, height, frames, seed, rows]
+        job = patches.job(model, written.graph(cls.hidden.unique_id), conditioning, negative, how)
+        recorder = Recorder(folders.unfinished_calibration_path(name, job), patient=True)
+        try:
+            recorder.prepare(architecture, identity, rows)
+        except CalibQuantError:  # what an earlier run of this job left is damaged
+            recorder.prepare(architecture, identity, rows, reset=True)
+        done = recorder.runs()
         latent = sampling.empty_latent(model, width, height, frames)
-        jobs = jobs_of(conditioning, samples, seed)
+        jobs = jobs_of(conditioning, samples, seed)[done:]
 
         def begin(text: str, _seed: int) -> None:
             recorder.labels = {**({"prompts": text} if text else {}), "scheduler": scheduler}
@@ -128,13 +134,15 @@ class CalibQuantCalibrate(io.ComfyNode):
             raise
         collected = recorder.current()
         recorder.path.unlink(missing_ok=True)
-        return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText(summary(collected)))
+        text = [f"continued: {done} of {samples} samples were done before"] * bool(done) + [summary(collected)]
+        return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText("\n".join(text)))
 
 
 def _kept(recorder: Recorder, samples: int) -> str:
     if not recorder.runs():
         return "nothing was kept: no sample was finished"
-    return f"{recorder.runs()} of {samples} samples are in {folders.shown(recorder.path)}"
+    kept = f"{recorder.runs()} of {samples} samples are in {folders.shown(recorder.path)}"
+    return f"{kept}: run again with the same settings for the rest"
 
 
 def check_negative(cfg: float, negative: Any) -> None:

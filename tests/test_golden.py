@@ -52,7 +52,7 @@ CHUNKS = {
     (pack, "CHUNK"): 5000,
     (pack, "SEARCHED"): 3000,
     (pack, "ROWS"): 33,
-    (gptq, "ROWS"): 100,
+    (gptq, "ROWS"): 128,  # whole tiles of a matrix product, whose edges BLAS may sum in another order
     (base, "TURNED"): 7000,
     (hswq, "ROWS_AT_ONCE"): 4000,
     (checkpoint, "COPY_CHUNK"): 1000,

@@ -184,6 +184,11 @@ def new_calibration_path(prefix: str) -> Path:
     return _numbered("calibrations", prefix, CALIBRATION_SUFFIX)[0]
 
 
+def unfinished_calibration_path(name: str, job: str) -> Path:
+    """Where what is done of a job, known by its digest, is kept until it is finished; its folder is made."""
+    return saved_calibration_path(f"unfinished/{name}_{job[:12]}")
+
+
 def new_comparison_path(prefix: str) -> Path:
     """A name without suffix below output/comparisons that no file has yet; its folder is made."""
     return _numbered("comparisons", prefix, "")[0]
