@@ -117,10 +117,16 @@ class CalibQuantCalibrate(io.ComfyNode):
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
         architecture, identity = patches.identify(model)
         name = Path(identity.get("source_file", architecture.name)).stem
-        recorder = Recorder(folders.new_calibration_path(f"unfinished/{name}"), patient=True)
-        recorder.prepare(architecture, identity, rows)
+        how = [samples, first, steps, cfg, sampler_name, scheduler, width, height, frames, seed, rows]
+        job = patches.job(model, written.graph(cls.hidden.unique_id), conditioning, negative, how)
+        recorder = Recorder(folders.unfinished_calibration_path(name, job), patient=True)
+        try:
+            recorder.prepare(architecture, identity, rows)
+        except CalibQuantError:  # what an earlier run of this job left is damaged
+            recorder.prepare(architecture, identity, rows, reset=True)
+        done = recorder.runs()
         latent = sampling.empty_latent(model, width, height, frames)
-        jobs = jobs_of(conditioning, first + samples, seed)[first:]
+        jobs = jobs_of(conditioning, first + samples, seed)[first + done :]
 
         def begin(text: str, _seed: int) -> None:
             recorder.labels = {**({"prompts": text} if text else {}), "scheduler": scheduler}
@@ -129,11 +135,13 @@ class CalibQuantCalibrate(io.ComfyNode):
             sample_all(sampling.observe(model, recorder), jobs, negative, latent, settings, begin, cls.hidden.unique_id)
         except BaseException:  # a cancel is no Exception; what finished runs gave must not be lost
             recorder.save()
-            feedback.tell_kept(cls.hidden.unique_id, kept(recorder, samples, "sample"))
+            finished = kept(recorder, samples, "sample")
+            feedback.tell_kept(cls.hidden.unique_id, f"{finished}: run again with the same settings for the rest")
             raise
         collected = recorder.current()
         recorder.path.unlink(missing_ok=True)
-        return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText(summary(collected)))
+        text = [f"continued: {done} of {samples} samples were done before"] * bool(done) + [summary(collected)]
+        return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText("\n".join(text)))
 
 
 def kept(recorder: Recorder, total: int, what: str) -> str:

@@ -30,7 +30,8 @@ class CalibrationHandle:
 class Recorder:
     """Adds runs up on top of what its file held, and saves after each. There must be one per file only.
 
-    An observer of ``sampling.observe``. rows: capacity of each input's row sample. patient: may skip a save.
+    An observer of ``sampling.observe``. rows: capacity of each input's row sample. patient: of one job, whose runs have
+    names of their own: may skip a save, and after a restart draws the rows that it would have drawn without.
     """
 
     def __init__(self, path: Path, patient: bool = False, report: Callable[[str], None] | None = None) -> None:
@@ -51,7 +52,8 @@ class Recorder:
         self._before, self._identity, self._rows = before, dict(identity), rows
         self._forget()
         # Seeded by what came before, so that a repeated run does not draw the same rows again.
-        self._collector = Collector(_groups(architecture), rows, seed=len(self._before.info.get("runs", [])))
+        seed = 0 if self._patient else len(self._before.info.get("runs", []))
+        self._collector = Collector(_groups(architecture), rows, seed)
 
     def current(self) -> Calibration:
         """Everything collected so far, by finished runs."""

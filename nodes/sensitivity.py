@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,10 @@ from ..quant_core.evidence.calibration import POINTS, Calibration
 from ..quant_core.evidence.probing import Meter
 from ..quant_core.files.text import counted
 from .calibrate import Job, check_negative, jobs_of, negative_input, prompts_input, sample_all, sampling_inputs
-from .comfyui import feedback, folders, patches, sampling
+from .comfyui import feedback, folders, patches, sampling, written
 from .comfyui import probing as comfyui
 from .comfyui.sampling import SamplerSettings
-from .recorder import IDENTITY, CalibrationHandle
+from .recorder import IDENTITY, SAVING_SHARE, CalibrationHandle
 from .types import CATEGORY, CalibrationType
 
 
@@ -55,6 +56,13 @@ class CalibQuantSensitivity(io.ComfyNode):
         check_negative(cfg, negative)
         before = calibration.current()
         _check(model, before)
+        how = [samples, steps, cfg, sampler_name, scheduler, width, height, frames, seed]
+        how += [estimator, points, probes, rows, seconds]
+        graph = written.graph(cls.hidden.unique_id)
+        job = patches.job(model, graph, before.fingerprint(), conditioning, negative, how)
+        name = Path(before.info.get("source_file") or before.info["architecture"]).stem
+        keeper = _Keeper(folders.unfinished_calibration_path(name, job))
+        before = keeper.continued(before)
         jobs, done = _unfinished(jobs_of(conditioning, samples, seed), points, before)
         meter = Meter(
             model.model.diffusion_model,
@@ -68,11 +76,12 @@ class CalibQuantSensitivity(io.ComfyNode):
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
         try:
             _measure(model, meter, jobs, before, points, lambda m, begin: sample_all(
-                m, jobs, negative, latent, settings, begin, cls.hidden.unique_id
+                m, jobs, negative, latent, settings, begin, cls.hidden.unique_id, lambda _: keeper.save(before, meter)
             ))  # fmt: skip
         except BaseException:  # a cancel is no Exception; points that are done must not be lost
-            feedback.tell_kept(cls.hidden.unique_id, _keep(before, meter))
+            feedback.tell_kept(cls.hidden.unique_id, keeper.keep(before, meter))
             raise
+        keeper.path.unlink(missing_ok=True)
         found = _joined(before, meter)
         return io.NodeOutput(CalibrationHandle(lambda: found), ui=ui.PreviewText(_summary(found, meter)))
 
@@ -143,15 +152,37 @@ def _joined(before: Calibration, meter: Meter) -> Calibration:
     return replace(before, sensitivities=known, info=info)
 
 
-def _keep(before: Calibration, meter: Meter) -> str:
-    """Save what is measured; the words for it."""
-    if not meter.points:
-        return "nothing was kept: no point was finished"
-    name = Path(before.info.get("source_file") or before.info["architecture"]).stem
-    path = folders.new_calibration_path(f"unfinished/{name}")
-    engine.save(_joined(before, meter), path)
-    kept = f"{counted(len(meter.points), 'point')} in {folders.shown(path)}"
-    return f"{kept}: with that calibration and the same settings the rest is measured"
+class _Keeper:
+    """The file that holds what is measured until all is, for the next run of the same job."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._saved, self._cost = time.monotonic(), 0.0
+
+    def continued(self, before: Calibration) -> Calibration:
+        """With what an earlier run of the job measured."""
+        try:
+            return engine.load(self.path) if self.path.exists() else before
+        except CalibQuantError:  # damaged
+            return before
+
+    def save(self, before: Calibration, meter: Meter) -> None:
+        """Unless the last time was not long ago, for what it takes."""
+        began = time.monotonic()
+        if began - self._saved >= SAVING_SHARE * self._cost:
+            engine.save(_joined(before, meter), self.path, overwrite=True)
+            self._saved = time.monotonic()
+            self._cost = self._saved - began
+
+    def keep(self, before: Calibration, meter: Meter) -> str:
+        """Save what is measured; the words for it."""
+        points = len(_joined(before, meter).info[POINTS])
+        if meter.points:
+            engine.save(_joined(before, meter), self.path, overwrite=True)
+        if not points:
+            return "nothing was kept: no point was finished"
+        kept = f"{counted(points, 'point')} in {folders.shown(self.path)}"
+        return f"{kept}: run again with the same settings for the rest"
 
 
 def _summary(found: Calibration, meter: Meter) -> str:

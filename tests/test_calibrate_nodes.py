@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 from comfy_env import PromptInterrupted, Server, ServerError
@@ -523,15 +524,38 @@ def test_cancelled_calibrate_keeps_finished_runs_on_disk(
     told: list[str] = []
     feedback = sys.modules[pack["CalibQuantCalibrate"].__module__].feedback
     monkeypatch.setattr(feedback, "tell_kept", lambda _node, text: told.append(text))
+    how = {"model": model, "conditioning": digits[1], **settings(samples=5, rows=100)}
     with pytest.raises(management.InterruptProcessingException):
-        execute(pack["CalibQuantCalibrate"], model=model, conditioning=digits[1], **settings(samples=5))
-    where = "output/calibrations/unfinished/calibquant_digits_wan_00001_.calibration.safetensors"
-    assert told == [f"2 of 5 samples are in {where}"]
+        execute(pack["CalibQuantCalibrate"], **how)
     (path,) = (comfy / "output" / "calibrations" / "unfinished").iterdir()
-    assert path.name == "calibquant_digits_wan_00001_.calibration.safetensors"
+    where = f"output/calibrations/unfinished/{path.name}"
+    assert told == [f"2 of 5 samples are in {where}: run again with the same settings for the rest"]
+    assert path.name.startswith("calibquant_digits_wan_")
     assert calibration.load(path).info["seeds"] == [50, 51]
     assert hooks_on(model) == 0
-    path.unlink()
+    monkeypatch.undo()
+    other = execute(pack["CalibQuantCalibrate"], **{**how, "seed": 51, "samples": 1})
+    assert "continued" not in other.ui.value and path.exists()  # another job
+    check_continued(execute(pack["CalibQuantCalibrate"], **how), execute(pack["CalibQuantCalibrate"], **how))
+    path.write_bytes(b"damaged")
+    assert execute(pack["CalibQuantCalibrate"], **how).result[0].current().info["seeds"] == [50, 51, 52, 53, 54]
+    assert not path.exists()
+
+
+def check_continued(continued: Any, whole: Any) -> None:
+    """Nothing tells it from a run without an interruption but the order of its rows and the last bits of its means."""
+    assert continued.ui.value == "continued: 2 of 5 samples were done before\n" + whole.ui.value
+    found, wanted = continued.result[0].current(), whole.result[0].current()
+    assert found.info["runs"] == wanted.info["runs"] and found.info["seeds"] == [50, 51, 52, 53, 54]
+    for name, stats in wanted.layers.items():
+        assert (stats.count, stats.calls) == (found.layers[name].count, found.layers[name].calls)
+        close(found.layers[name].input_sqmean, stats.input_sqmean, name)
+    assert 100 in (len(sample.keys) for sample in wanted.rows.values())  # of more
+    for name, sample in wanted.rows.items():
+        a, b = np.argsort(found.rows[name].keys), np.argsort(sample.keys)
+        assert np.array_equal(found.rows[name].keys[a], sample.keys[b])
+        assert np.array_equal(found.rows[name].runs[a], sample.runs[b])
+        assert torch.equal(found.rows[name].rows[torch.from_numpy(a)], sample.rows[torch.from_numpy(b)])
 
 
 # --- files

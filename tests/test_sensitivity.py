@@ -395,9 +395,15 @@ def test_a_cancelled_measurement_goes_on_to_the_same_result(
             node_of(pack, **demo, **HOW)
     assert untouched(demo["model"]) and told[0].startswith("4 points in output/calibrations/unfinished/")
     (path,) = (comfy / "output" / "calibrations" / "unfinished").glob("calibquant_digits*")
-    part = calibration.load(path)
-    path.unlink()
+    part, held = calibration.load(path), path.read_bytes()
     assert part.info[calibration.POINTS] == [f"{i // 3} seed {50 + i // 3} point {i % 3 + 1} of 3" for i in range(4)]
+    output = execute(pack["CalibQuantSensitivity"], **demo, **HOW)  # the same job goes on by itself, after a kill, too
+    again = output.result[0].current()
+    assert "6 points, 2 of them new" in output.ui.value and not path.exists()
+    assert again.info[calibration.POINTS] == whole.info[calibration.POINTS]
+    assert all(equal(stored, again.sensitivities[name]) for name, stored in whole.sensitivities.items())
+    path.write_bytes(held[:-1])  # damaged: measured anew
+    assert all(equal(s, whole.sensitivities[n]) for n, s in node_of(pack, **demo, **HOW).sensitivities.items())
     for _ in range(2):  # the second time nothing is left to do
         part = node_of(pack, **{**demo, "calibration": SimpleNamespace(current=lambda held=part: held)}, **HOW)
         assert part.info[calibration.POINTS] == whole.info[calibration.POINTS]

@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 
 from ...quant_core.errors import CalibQuantError
+from ...quant_core.files.disk import abandoned
 from ...quant_core.files.markers import FP8
 from ...quant_core.models import splitfile
 from ...quant_core.models.modelfile import ModelFile
@@ -197,6 +198,11 @@ def new_calibration_path(prefix: str) -> Path:
     return _numbered("calibrations", prefix, CALIBRATION_SUFFIX)[0]
 
 
+def unfinished_calibration_path(name: str, job: str) -> Path:
+    """Where what is done of a job, known by its digest, is kept until it is finished; its folder is made."""
+    return saved_calibration_path(f"unfinished/{name}_{job[:12]}")
+
+
 def new_comparison_path(prefix: str) -> Path:
     """A name without suffix below output/comparisons that no file has yet; its folder is made."""
     return _numbered("comparisons", prefix, "")[0]
@@ -227,7 +233,10 @@ def _numbered(folder: str, prefix: str, suffix: str) -> tuple[Path, str]:
 
 
 def _numbered_alike(prefix: str, suffixes: dict[str, str]) -> list[tuple[Path, str]]:
-    """The same for several files, each below a folder of its own, under one number that none of them has taken."""
+    """The same for several files, each below a folder of its own, under one number that none of them has taken.
+
+    What a killed run left takes no number: the next run for that name goes on with it, or removes it.
+    """
     places = []
     for folder in suffixes:
         _check_name("filename_prefix", prefix, folder)
@@ -235,12 +244,19 @@ def _numbered_alike(prefix: str, suffixes: dict[str, str]) -> list[tuple[Path, s
             root = folder_paths.get_output_directory()
             places.append(folder_paths.get_save_image_path(f"{folder}/{prefix.strip()}", root))
             os.makedirs(places[-1][0], exist_ok=True)
+
+    def names(number: int) -> list[tuple[Path, str]]:
+        found = []
+        for (folder, suffix), (path, stem, _, below, _) in zip(suffixes.items(), places, strict=True):
+            name = f"{stem}_{number:05}_{suffix}"
+            found.append((Path(path) / name, str(Path(below).relative_to(folder) / name)))
+        return found
+
     number = max(counter for _, _, counter, _, _ in places)
-    found = []
-    for (folder, suffix), (path, stem, _, below, _) in zip(suffixes.items(), places, strict=True):
-        name = f"{stem}_{number:05}_{suffix}"
-        found.append((Path(path) / name, str(Path(below).relative_to(folder) / name)))
-    return found
+    before = [path for path, _ in names(number - 1)]
+    left = [abandoned(path) for path in before]
+    only_left = any(left) and None not in left and not any(path.exists() for path in before)
+    return names(number - 1 if only_left else number)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,8 @@ def _digest(digest: Any, value: Any) -> None:
     elif hasattr(value, "weights"):  # comfy.weight_adapter
         digest.update(type(value).__name__.encode())
         _digest(digest, value.weights)
+    elif isinstance(value, dict):
+        _digest(digest, sorted(value.items(), key=lambda item: str(item[0])))
     elif isinstance(value, (int, float, str, type(None))):
         digest.update(repr(value).encode())
 
@@ -136,6 +138,14 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
         "comfyui": comfyui_version.__version__,
         **_source_of(model),
     }
+
+
+def job(model: Any, *values: Any) -> str:
+    """SHA-256 of what decides a sampling job: the MODEL with its patches and sigmas, conditionings, settings."""
+    digest = hashlib.sha256()
+    sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
+    _digest(digest, [*_source_of(model).values(), model.patches, sigmas, *values])
+    return digest.hexdigest()
 
 
 def path_of(model: Any) -> Path | None:

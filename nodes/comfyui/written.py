@@ -16,19 +16,19 @@ _lost: Counter[str] = Counter()  # by graph: how often one of them was found del
 
 def remember(node_id: str | None, *paths: Path) -> None:
     """The node that runs now, with everything before it, has written these files."""
-    _latest[_graph(node_id)] = paths
+    _latest[graph(node_id)] = paths
 
 
 def times_lost(node_id: str | None) -> int:
     """For ``fingerprint_inputs``: another number whenever a file that the same graph wrote last has gone."""
-    graph = _graph(node_id)
-    if graph in _latest and not all(path.exists() for path in _latest[graph]):
-        del _latest[graph]
-        _lost[graph] += 1
-    return _lost[graph]
+    key = graph(node_id)
+    if key in _latest and not all(path.exists() for path in _latest[key]):
+        del _latest[key]
+        _lost[key] += 1
+    return _lost[key]
 
 
-def _graph(node_id: str | None) -> str:
+def graph(node_id: str | None) -> str:
     """A digest of the node with everything before it, as the prompt that runs now has it.
 
     Looked up in the queue because ``fingerprint_inputs`` is told neither the prompt nor what is linked.

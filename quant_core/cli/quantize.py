@@ -26,6 +26,7 @@ def options(c: argparse.ArgumentParser) -> None:
     c.add_argument("--rounding", choices=["auto", "nearest", "search", "gptq"], default="auto", help=ROUNDING_HELP)
     c.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     c.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    c.add_argument("--fresh", action="store_true", help="do not go on where a killed run of the same job stopped")
     c.add_argument("--verify", action="store_true", help="re-read the file by comfy-kitchen's dequantize and check it")
     c.add_argument("--json", action="store_true", help="print the report as one JSON document")
 
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
                 calibration=seen,
                 rounding=args.rounding,
                 verify=args.verify,
+                fresh=args.fresh,
                 progress=bar,
             )
     if args.json:

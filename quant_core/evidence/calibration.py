@@ -222,11 +222,13 @@ def _merge_rows(a: Calibration, b: Calibration, name: str, capacity: int) -> Row
     runs = [
         np.where(c.rows[name].runs < 0, UNKNOWN, c.rows[name].runs + first * (c is b)) for c in (a, b) if name in c.rows
     ]
-    keys = np.concatenate([sample.keys for sample, _ in samples])
+    keys, of = np.concatenate([sample.keys for sample, _ in samples]), np.concatenate(runs)
+    # A run that was cancelled and then repeated has the same keys again: its rows of before go.
+    keys[(of == UNKNOWN) & np.isin(keys, keys[of != UNKNOWN])] = -1.0
     floor = max((sample.keys.min() for sample, seen in samples if 0 < len(sample.keys) != seen), default=0.0)
     order = np.argsort(-keys, kind="stable")[: min(capacity, int((keys >= floor).sum()))]
     rows = torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)]
-    return Rows(rows, keys[order], np.concatenate(runs)[order].astype(np.int32))
+    return Rows(rows, keys[order], of[order].astype(np.int32))
 
 
 def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from ..errors import CalibQuantError
-from .disk import NewFile, check_output, reason
+from .disk import NewFile, abandoned, check_output, reason
 from .header import MAX_HEADER, Headers
+from .journal import Journal, first_line
 
 # Name in the header -> torch dtype.
 DTYPES: dict[str, torch.dtype] = {
@@ -140,6 +141,9 @@ class Writer:
 
     Leaving the block with an exception (a cancel included) removes the temporary file; what a killed run leaves is
     removed by the next one. The final name never holds an unfinished file.
+
+    job: what decides every byte of the file. With one, what a killed run of the same job leaves is gone on with, and
+    the parts (``write_part``) that it had finished are there already (``kept``).
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class Writer:
         specs: Iterable[TensorSpec],
         metadata: Mapping[str, str],
         overwrite: bool = False,
+        job: str = "",
     ) -> None:
         self.path = Path(path)
         self._overwrite = overwrite
@@ -155,8 +160,10 @@ class Writer:
         self._header, self._offsets = make_header(self._specs.values(), metadata)
         self._missing = set(self._specs)
         check_target(self.path, self.size, overwrite)
-        self._new = NewFile(self.path)
+        line = first_line(job, self._header) if job else b""
+        self._new = NewFile(self.path, line)
         try:
+            self._journal = Journal(self._new.journal, line, self._new.continued) if job else None
             self._put(0, [self._header])
         except BaseException:
             self._new.discard()
@@ -173,8 +180,44 @@ class Writer:
                 f"{self.path}: tensor {name} came out as {tensor.dtype} {tuple(tensor.shape)}, planned was "
                 f"{spec.dtype} {spec.shape}: make a new plan for this source"
             )
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        self.write_chunks(name, [memoryview(flat.numpy())])
+        self.write_chunks(name, [_bytes_of(tensor)])
+
+    def write_part(self, part: str, tensors: Mapping[str, torch.Tensor], note: Any) -> None:
+        """Tensors that are made together. Whoever continues the file after a kill gets the note, JSON, back."""
+        digest = hashlib.sha256()
+        for name, tensor in tensors.items():
+            self.write(name, tensor)
+            if self._journal:
+                digest.update(_bytes_of(tensor))
+        if self._journal:
+            self._put(0, [])
+            self._journal.add(part, list(tensors), digest.hexdigest(), note)
+
+    def kept(self, part: str) -> Any | None:
+        """The note of a part that a killed run had finished and that is whole: it need not be written. None: it must.
+
+        May be called while another thread writes other parts.
+        """
+        found = self._journal.parts.get(part) if self._journal else None
+        if found is None or self._hash(found.tensors) != found.sha256:
+            return None
+        self._missing.difference_update(found.tensors)
+        return found.note
+
+    def _hash(self, names: Iterable[str]) -> str:
+        """SHA-256 over these tensors' bytes as they are on the disk."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(COPY_CHUNK))
+        try:
+            with open(self._new.path, "rb", buffering=0) as file:
+                for name in names:
+                    file.seek(self._offsets[name])
+                    left = self._specs[name].nbytes
+                    while left and (got := file.readinto(buffer[:left])):
+                        digest.update(buffer[:got])
+                        left -= got
+        except OSError:  # then it is written again
+            return ""
+        return digest.hexdigest()
 
     def write_chunks(self, name: str, chunks: Iterable[memoryview]) -> None:
         """Raw bytes of one tensor, in order."""
@@ -215,13 +258,17 @@ class Writer:
             self._new.discard()
 
 
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
 def check_target(path: Path, size: int, overwrite: bool) -> None:
     """Everything that can be known to be wrong with an output before the work starts."""
     if path.suffix != ".safetensors":
         raise CalibQuantError(f"{path}: the output must be named *.safetensors")
     check_output(path, overwrite)
     try:
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(path.parent).free + (abandoned(path) or 0)  # which is removed or continued
     except OSError as e:
         raise CalibQuantError(f"{path.parent}: cannot be written: {reason(e)}") from e
     if free < size:

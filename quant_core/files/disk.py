@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import CalibQuantError
 
@@ -23,6 +23,8 @@ except ImportError:  # Windows, where a file that is open cannot be removed anyw
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+LONGEST_JOB = 200  # bytes of a journal's first line
 STEM = 200  # bytes of the target's name in the temporary one; file systems allow 255 in all
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
 _unfinished: set[NewFile] = set()
@@ -70,18 +72,33 @@ class NewFile:
 
     The name (``TARGET.calibquant-RANDOM.partial``) is new, so that two runs never share one and no link is followed.
     Leaving the block unpublished removes the file. What a killed run left for the same target is removed by the next
-    one: a run holds a lock on its file, so a file without one is nobody's.
+    one, or taken over (``continued``) if the journal beside it begins with the line ``job``: a run holds a lock on its
+    file, so a file without one is nobody's.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self._begin = os.fsencode(target.name)[:STEM].decode("utf-8", "ignore") + ".calibquant-"
-        self.path = target.with_name(f"{self._begin}{secrets.token_hex(8)}.partial")
-        self._remove_leftovers()
+    def __init__(self, target: Path, job: bytes = b"") -> None:
+        self.target, self.continued = target, False
+        for path in _partials(target):
+            if (left := _claim(path)) is None:
+                continue
+            if job and not self.continued and _first_line(journal_of(left[0])) == job:
+                (self.path, self.file), self.continued = left, True
+                _unfinished.add(self)
+            else:
+                _remove(*left)
+        if not self.continued:
+            self._create()
+
+    @property
+    def journal(self) -> Path:
+        return journal_of(self.path)
+
+    def _create(self) -> None:
+        self.path = _partial_name(self.target)
         with self._errors():
             _unfinished.add(self)  # first, so that an interruption between the next two lines leaves nothing
             try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS
                 self.file = os.fdopen(os.open(self.path, flags, 0o666), "w+b")
             except OSError:
                 _unfinished.discard(self)
@@ -103,6 +120,8 @@ class NewFile:
                 _rename_to_new(self.path, self.target)
             _unfinished.discard(self)
             self.file.close()
+        with contextlib.suppress(OSError):
+            self.journal.unlink(missing_ok=True)
         _sync_folder(self.target.parent)
 
     def discard(self) -> None:
@@ -110,8 +129,9 @@ class NewFile:
         if self in _unfinished:
             with contextlib.suppress(AttributeError, OSError):  # never opened; a full disk shows again on closing
                 self.file.close()
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+            for path in (self.path, self.journal):
+                with contextlib.suppress(OSError):
+                    path.unlink()
             _unfinished.discard(self)
 
     def __enter__(self) -> Self:
@@ -130,12 +150,6 @@ class NewFile:
             ) from e
         except OSError as e:
             raise CalibQuantError(f"{self.target}: cannot be written: {reason(e)}") from e
-
-    def _remove_leftovers(self) -> None:
-        ours = re.compile(re.escape(self._begin) + r"[0-9a-f]{16}\.partial")
-        with contextlib.suppress(OSError):  # a folder that may be written but not listed
-            for name in filter(ours.fullmatch, os.listdir(self.target.parent)):
-                _remove_if_abandoned(self.target.with_name(name))
 
 
 def discard_unfinished() -> None:
@@ -160,18 +174,92 @@ def _rename_to_new(path: Path, target: Path) -> None:
     path.unlink()
 
 
-def _remove_if_abandoned(path: Path) -> None:
-    with contextlib.suppress(OSError):  # in use, not ours, or gone: leave it
-        if fcntl is None:
-            path.unlink()
-            return
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
+def journal_of(partial: Path) -> Path:
+    """Where what is done of an unfinished file is written down; see ``journal``."""
+    return partial.with_suffix(".journal")
+
+
+def abandoned(target: Path) -> int | None:
+    """Bytes on the disk of what killed runs left for this target; None while another run is at work on it."""
+    size = 0
+    for path in _partials(target):
+        if (left := _claim(path)) is None:
+            return None
+        with left[1] as file:
+            found = os.fstat(file.fileno())
+            size += min(found.st_size, getattr(found, "st_blocks", found.st_size) * 512)
+    return size
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove what killed runs left for this target."""
+    for path in _partials(target):
+        if left := _claim(path):
+            _remove(*left)
+
+
+def _partial_name(target: Path) -> Path:
+    return target.with_name(f"{_stem(target)}{secrets.token_hex(8)}.partial")
+
+
+def _stem(target: Path) -> str:
+    return os.fsencode(target.name)[:STEM].decode("utf-8", "ignore") + ".calibquant-"
+
+
+def _partials(target: Path) -> list[Path]:
+    """Unfinished files for this target. A journal whose file was published or removed is cleared away."""
+    ours = re.compile(re.escape(_stem(target)) + r"[0-9a-f]{16}\.(partial|journal)")
+    try:  # a folder may be written but not listed
+        names = {name for name in os.listdir(target.parent) if ours.fullmatch(name)}
+    except OSError:
+        return []
+    paths = [target.with_name(name) for name in sorted(names)]
+    for path in paths:
+        if path.suffix == ".journal" and path.with_suffix(".partial").name not in names:
+            with contextlib.suppress(OSError):
                 path.unlink()
-        finally:
-            os.close(fd)
+    return [path for path in paths if path.suffix == ".partial"]
+
+
+def _claim(path: Path) -> tuple[Path, BinaryIO] | None:
+    """An unfinished file that nobody works on any more, opened and locked; None for others. It may get a new name."""
+    try:
+        if fcntl is None:  # Windows renames no file that is open anywhere, and only one run can do it
+            fresh = path.with_name(path.name[: -len("0" * 16 + ".partial")] + f"{secrets.token_hex(8)}.partial")
+            os.rename(path, fresh)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(journal_of(path), journal_of(fresh))
+            return fresh, open(fresh, "r+b")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | FLAGS), "r+b")
+    except OSError:  # in use, not ours, or gone: leave it
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode) and os.path.samestat(found, path.lstat()):  # else published meanwhile
+            return path, file
+    except OSError:
+        pass
+    file.close()
+    return None
+
+
+def _remove(path: Path, file: BinaryIO) -> None:
+    """A claimed file with its journal."""
+    if os.name == "nt":  # cannot remove open files; elsewhere the lock is held until the name is gone
+        file.close()
+    for each in (path, journal_of(path)):
+        with contextlib.suppress(OSError):
+            each.unlink()
+    file.close()
+
+
+def _first_line(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.readline(LONGEST_JOB)
+    except OSError:
+        return b""
 
 
 def _sync_folder(folder: Path) -> None:

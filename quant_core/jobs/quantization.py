@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..files.checkpoint import HASH_PLACEHOLDER, Checkpoint, Hasher, Writer, check_target, file_size
-from ..files.disk import stat_of
+from ..files.disk import remove_abandoned, stat_of
 from ..formats import SOURCE, FileTensors
 from ..models import folding, lora
 from ..models.folding import Merge
@@ -54,6 +54,7 @@ def quantize(
     rounding: str = "nearest",
     verify: bool = False,
     lora_output: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
@@ -65,6 +66,7 @@ def quantize(
     plan folds comes after it, and the calibration becomes that of the folded model: give it as it was collected.
     verify: re-read the finished file (``verification``) before it gets its name; a file that fails never has it.
     lora_output: where the LoRA of a split plan goes (default: beside the output, which must be named *.split).
+    What a killed run of the same job had rounded is kept, and the file the same to the byte; fresh: begin anew.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
     """
@@ -77,15 +79,19 @@ def quantize(
         calibration = plan.seen()
     _check_merge(source, merge)
     job = reuse.job(source, plan, merged, calibration, rounding, verify)
+    going_on = reuse.unfinished(source, job, where.type) if merged or not merge else ""
     merge = folds.merge(source, plan.folds, merge)
     calibration = calibration and folds.seen(source, plan.folds, calibration)
     rounder = Rounder(where, calibration, rounding, source.short)
+    for target in (output, branches):
+        if fresh and target:
+            remove_abandoned(target)
     check_target(output, predicted_size(source, plan), overwrite)
     hasher = Hasher(source.checkpoint.files)
     steps = _Steps(source, plan, verify, progress)
     try:
         with ExitStack() as files:  # the LoRA gets its name first: no main file is ever without one
-            writer, beside = _open(files, source, plan, output, branches, merged, overwrite)
+            writer, beside = _open(files, source, plan, output, branches, merged, overwrite, going_on)
             layers = _write_tensors(source, plan, writer, beside, rounder, merge, steps.write)
             used = {layer.rounding.removesuffix(WITH_BIAS) for layer in layers}
             branch, unnamed = _finish_branch(source, plan, writer, beside, hasher, merged)
@@ -128,16 +134,17 @@ def _open(
     branches: Path | None,
     merged: str,
     overwrite: bool,
+    job: str,
 ) -> tuple[Writer, Writer | None]:
     """The main file and a split's LoRA; both checked before the first is made."""
     name = ("" if branches is None else branches.name, HASH_PLACEHOLDER)
     main = output_specs(source, plan), output_metadata(source, plan, merged=merged, branch=name)
     if branches is None:
-        return files.enter_context(Writer(output, *main, overwrite)), None
+        return files.enter_context(Writer(output, *main, overwrite, job)), None
     factors = branch_specs(source, plan), branch_metadata(source, plan, output.name, merged=merged)
     check_target(branches, file_size(*factors), overwrite)
-    writer = files.enter_context(Writer(output, *main, overwrite))
-    return writer, files.enter_context(Writer(branches, *factors, overwrite))
+    writer = files.enter_context(Writer(output, *main, overwrite, job))
+    return writer, files.enter_context(Writer(branches, *factors, overwrite, job))
 
 
 def _finish_branch(
@@ -178,9 +185,11 @@ def _write_tensors(
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
     written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
 
-    def read(key: str) -> torch.Tensor | None:
-        """What is more than a copy."""
+    def read(key: str) -> torch.Tensor | LayerReport | None:
+        """What is more than a copy; of a layer that a killed run had written, its report."""
         layer = key.removesuffix(".weight")
+        if key != layer and (done := _kept(layer, plan.layers.get(layer), writer, beside)):
+            return done
         if source.is_scaled(key) or (key != layer and layer in plan.layers):
             return source.load(layer)
         if source.halves(key):
@@ -196,14 +205,16 @@ def _write_tensors(
                 continue
             layer, tensor = key.removesuffix(".weight"), coming.result()
             entry = plan.layers.get(layer) if key.endswith(".weight") else None
-            if tensor is None:
+            if isinstance(tensor, LayerReport):
+                reports.append(tensor)
+            elif tensor is None:
                 put(writer.write_chunks, key, source.checkpoint.chunks(key))
             elif entry and entry.format != SOURCE:
                 tensor = folding.merged(tensor, key, merge)
                 tensors, report, factors = _round(source, layer, entry, tensor, rounder, merge)
-                put(_write_all, writer, tensors)
+                put(writer.write_part, layer, tensors, asdict(report))
                 if beside and factors:
-                    put(_write_all, beside, factors)
+                    put(beside.write_part, layer, factors, {})
                 reports.append(report)
             else:
                 kept = source.kept_dtype(layer) if entry or source.is_scaled(key) else tensor.dtype
@@ -217,9 +228,13 @@ def _write_tensors(
     return reports
 
 
-def _write_all(writer: Writer, tensors: FileTensors) -> None:
-    for key, tensor in tensors.items():
-        writer.write(key, tensor)
+def _kept(layer: str, entry: LayerPlan | None, writer: Writer, beside: Writer | None) -> LayerReport | None:
+    """The report of a layer that a killed run had written whole, with its branch; None for others."""
+    if entry is None or (note := writer.kept(layer)) is None:
+        return None
+    if entry.rank and (beside is None or beside.kept(layer) is None):
+        return None
+    return LayerReport(**{**note, "shape": tuple(note["shape"])})
 
 
 def _round(

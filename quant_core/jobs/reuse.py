@@ -1,4 +1,4 @@
-"""A job that was done before: its file tells, by a digest of everything that decides what is in it."""
+"""A job that was done before, or begun: its file tells, by a digest of everything that decides what is in it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def job(source: Source, plan: Plan, merged: str, calibration: Calibration | None
     seen = None if calibration is None else calibration.fingerprint()
     words = [__version__, source.checkpoint.fingerprint(), merged, seen, rounding, verified]
     return hashlib.sha256((json.dumps(words) + replace(plan, predicted=None).to_json()).encode()).hexdigest()
+
+
+def unfinished(source: Source, job: str, device: str) -> str:
+    """What a killed run must have been doing for another to go on with it: a changed source is not noticed by ``job``,
+    which looks at parts of it, and another device may round otherwise.
+    """
+    found = [stat_of(file) for file in source.checkpoint.files]
+    return json.dumps([job, device, [each and (each.st_size, each.st_mtime_ns) for each in found]])
 
 
 def find_finished(

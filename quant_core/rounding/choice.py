@@ -15,6 +15,7 @@ from . import gptq, hswq, smoothing, split
 from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
 from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, shared_scale, squared_distance, squared_norm
+from .parallel import one_thread
 from .task import Inputs, Task
 from .trial import WITH_BIAS, Trial, Tried, changes, changes_of_inputs, corrected, judge, judged_outputs
 
@@ -67,7 +68,10 @@ _FactorOf = Callable[[Task, bool], gptq.Factor | str]
 
 
 class Rounder:
-    """Rounds the layers of one job. ``short`` makes the calibration's name of a layer of its name in the file."""
+    """Rounds the layers of one job. ``short`` makes the calibration's name of a layer of its name in the file.
+
+    All that it decides is the same to the bit on any number of threads.
+    """
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class Rounder:
         self._device, self._calibration, self._rounding, self._short = device, calibration, rounding, short
         self._factors: OrderedDict[tuple[str, int, bool, bool], gptq.Factor | str] = OrderedDict()
 
+    @one_thread()
     def round(
         self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
     ) -> Rounded:
@@ -103,6 +108,7 @@ class Rounder:
             return self._without_inputs(task)
         return self._best(task, self._shared_factor)
 
+    @one_thread()
     def trial(
         self,
         layer: str,
@@ -134,6 +140,7 @@ class Rounder:
             lambda rows: changes_of_inputs(task, rows.float()),
         )
 
+    @one_thread()
     def branch(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str) -> split.Branch:
         """Of the planned rank, for a ``trial``: fitted to other runs than those that judge it."""
         task = self._task(layer, entry, weight, where, None)

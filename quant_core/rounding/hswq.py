@@ -62,7 +62,7 @@ def histogram(weight: torch.Tensor, importance: torch.Tensor | None = None) -> H
     for chunk in weight.split(step):
         bits = chunk.float().contiguous().view(torch.int32).reshape(-1)
         index = bits.bitwise_and(0x7FFFFFFF).bitwise_right_shift_(SHIFT)
-        total += torch.bincount(index, weights[: len(index)], minlength=len(total))
+        total.index_add_(0, index, weights[: len(index)])  # in order, so that no bit hangs on ROWS_AT_ONCE
     used = torch.nonzero(total).reshape(-1)
     magnitude = (used.to(torch.int32) << SHIFT).view(torch.float32).double().numpy()
     mass = total[used].numpy()

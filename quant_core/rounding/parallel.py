@@ -7,6 +7,7 @@ Parts that nobody waits for just take their share.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,13 +37,43 @@ def threads(count: int) -> Iterator[Executor]:
             torch.set_num_threads(before)  # a thread's own number is also that of all threads to come
 
 
+_cores = threading.local()  # count: of threads that torch had outside of one_thread
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, for results that do not hang on how many it has: sums and LAPACK's factors do, in their last
+    bits. What is done by ``workers`` or on ``all_threads`` inside the block still has them all.
+    """
+    before, outside = torch.get_num_threads(), getattr(_cores, "count", None)
+    _cores.count = outside or before
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _cores.count = outside
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Within ``one_thread``: what is the same to the bit on any number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(getattr(_cores, "count", None) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextmanager
 def workers(device: torch.device) -> Iterator[Each]:
     """As many threads as torch may use here; the caller's thread, too, runs torch on one until the block ends.
 
     On a GPU parts are done one after another, as its kernels are.
     """
-    count = torch.get_num_threads()
+    before = torch.get_num_threads()
+    count = getattr(_cores, "count", None) or before
     if count == 1 or device.type != "cpu":
         yield lambda function, parts: list(map(function, parts))
         return
@@ -51,4 +82,4 @@ def workers(device: torch.device) -> Iterator[Each]:
         try:
             yield lambda function, parts: list(pool.map(function, parts))
         finally:
-            torch.set_num_threads(count)
+            torch.set_num_threads(before)
