@@ -21,10 +21,11 @@ import torch
 
 from ..formats import Codes, Format, Frame, Grid, join
 from ..formats.base import roundup
-from .parallel import workers
+from .parallel import Each, workers
 
 LEAST_DAMPING, DAMPING = 0.01, 0.03  # of the mean diagonal; see damping()
 RETRIES = (1, 10, 100)  # times as much damping, until there is a Cholesky factor
+PART = 1024  # rows or columns of a product that one thread computes
 COLUMNS = 128  # whose updates to the rest are gathered into one matrix product
 THIN = 2 / 3  # input rows per column, up to which H is not needed itself
 ROWS, GPU_ROWS = 2048, 8192  # of the weight at once, so that memory is bounded by H and not by the weight
@@ -160,20 +161,31 @@ def _thin(x: torch.Tensor, ridge: float) -> tuple[Thin, torch.Tensor] | None:
     columns = x.T.contiguous()
     width, count = columns.shape
     later, upper = torch.eye(count, device=x.device), torch.zeros(width, width, device=x.device)
-    for start in reversed(range(0, width, COLUMNS)):
-        block, rest = slice(start, start + COLUMNS), slice(start + COLUMNS, None)
-        seen = columns[block] @ later
-        complement = seen @ columns[block].T
-        complement.diagonal().add_(ridge)
-        root = _root(complement)
-        if root is None:
-            return None
-        inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), device=x.device), upper=True)
-        seen = inverse @ seen
-        upper[block, block] = inverse
-        torch.mm(seen / -ridge, columns[rest].T, out=upper[block, rest])
-        later.addmm_(seen.T, seen, alpha=-1)
+    with workers(x.device) as each:
+        for start in reversed(range(0, width, COLUMNS)):
+            if not _thin_block(columns, later, upper[start : start + COLUMNS], start, ridge, each):
+                return None
     return Thin(columns, ridge), upper
+
+
+def _thin_block(
+    columns: torch.Tensor, later: torch.Tensor, upper: torch.Tensor, start: int, ridge: float, each: Each
+) -> bool:
+    """Rows ``upper`` of U, from ``start`` on, and ``later`` as the block before needs it; False: not positive."""
+    block, stop = columns[start : start + len(upper)], start + len(upper)
+    seen = torch.cat(each(lambda part: block @ part, later.split(PART, dim=1)), dim=1)
+    complement = seen @ block.T
+    complement.diagonal().add_(ridge)
+    root = _root(complement)
+    if root is None:
+        return False
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), device=root.device), upper=True)
+    upper[:, start:stop] = inverse
+    seen = inverse @ seen
+    rest = zip(upper[:, stop:].split(PART, dim=1), columns[stop:].split(PART), strict=True)
+    each(lambda part: torch.mm(seen, part[1].T, out=part[0]).mul_(-1 / ridge), rest)
+    each(lambda part: part[0].addmm_(part[1], seen, alpha=-1), zip(later.split(PART), seen.T.split(PART), strict=True))
+    return True
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor | None:
