@@ -43,7 +43,7 @@ _cores = threading.local()  # count: of threads that torch had outside of one_th
 @contextmanager
 def one_thread() -> Iterator[None]:
     """torch on one thread, for results that do not hang on how many it has: sums and LAPACK's factors do, in their last
-    bits. What is done by ``workers`` or on ``all_threads`` inside the block still has them all.
+    bits. What is done by ``workers`` inside the block still has them all.
     """
     before, outside = torch.get_num_threads(), getattr(_cores, "count", None)
     _cores.count = outside or before
@@ -53,17 +53,6 @@ def one_thread() -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         _cores.count = outside
-
-
-@contextmanager
-def all_threads() -> Iterator[None]:
-    """Within ``one_thread``: what is the same to the bit on any number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(getattr(_cores, "count", None) or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
