@@ -356,7 +356,7 @@ def test_a_lora_is_no_source(tmp_path: Path, output: Path) -> None:
 
 
 def test_a_file_without_layers_is_no_source(tmp_path: Path, output: Path) -> None:
-    path = models.save(tmp_path / "vae.safetensors", {"decoder.conv_in.weight": torch.ones(8, 8, 3, 3)})
+    path = models.save(tmp_path / "x.safetensors", {"stem.conv.weight": torch.ones(8, 8, 3, 3)})
     assert "no Linear layer inside a numbered block" in refused(path, output)
 
 
