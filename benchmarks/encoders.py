@@ -8,7 +8,7 @@ nearest rounding, on the CPU; the ComfyUI that the tests find (COMFYUI_PATH). Co
 layers: how many the plan quantizes, of all matrices.
 error: relative error of the conditioning against the 16-bit file's. Random weights: it compares formats, not encoders.
 cosine: of each token's conditioning with the 16-bit file's, the least of all tokens, and the mean.
-beside: relative error against the decoded weights in a file of FP32: BF16 arithmetic of the loader's unpacking.
+beside: relative error against the decoded weights in a file of FP32: what the loader does besides their rounding.
 """
 
 from __future__ import annotations
