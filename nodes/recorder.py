@@ -12,6 +12,7 @@ from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import calibration
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.collector import Collector
+from ..quant_core.evidence.histogram import range_in_words
 from ..quant_core.files.text import counted
 from ..quant_core.models.architectures import Architecture
 from .comfyui.sampling import SamplingRun
@@ -132,10 +133,11 @@ def _groups(architecture: Architecture) -> Callable[[str], str]:
 
 
 def summary(found: Calibration) -> str:
-    """Layers, rows, runs and how far the loudest input channel stands out: a few lines for a node."""
+    """Layers, rows, runs, noise levels and how far the loudest input channel stands out: a few lines for a node."""
     rows = [len(sample.rows) for sample in found.rows.values()]
     held = f"up to {max(rows)} rows of {len(rows)} inputs" if rows else "no rows"
-    lines = [f"{len(found.layers)} layers · {held} · {counted(len(found.info.get('runs', [])), 'run')}"]
+    runs = counted(len(found.info.get("runs", [])), "run")
+    lines = [f"{len(found.layers)} layers · {held} · {runs} · {range_in_words(found)}"]
     ratios = {name: calibration.outlier_ratio(stats) for name, stats in found.layers.items()}
     if ratios:
         worst = max(ratios, key=lambda name: ratios[name])

@@ -20,6 +20,7 @@ from ...quant_core.models.source import Source
 from ...quant_core.planning import targets
 from ...quant_core.planning.plan import Plan
 from ...quant_core.rounding import smoothing
+from .sampling import Stage, Stages
 
 CORE = Path(comfy.quant_ops.__file__).resolve().parents[1]  # the running ComfyUI
 _MODEL_KEY = "diffusion_model."
@@ -134,6 +135,12 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
         "comfyui": comfyui_version.__version__,
         **_source_of(model),
     }
+
+
+def stage_of(stages: Stages, fingerprint: str | None) -> Stage:
+    """The stage whose model was loaded from this file; the first where that is unknown."""
+    found = [s for s in stages[1:] if fingerprint and _source_of(s.model).get("source_fingerprint") == fingerprint]
+    return (found or stages)[0]
 
 
 def path_of(model: Any) -> Path | None:
