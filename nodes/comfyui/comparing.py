@@ -15,6 +15,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ...quant_core.errors import CalibQuantError
 from ...quant_core.evidence.likeness import relative_error
 from ...quant_core.evidence.watch import force_eager, linears
 from ...quant_core.reports.likeness import Pace
@@ -180,7 +181,10 @@ def decode(vae: Any, latent: torch.Tensor) -> torch.Tensor:
     """Pictures float32 [frames, H, W, C] in 0..1, on the CPU. A VAE of images decodes a video cell by cell."""
     by_frame = latent.dim() == 5 and vae.latent_dim == 2
     parts = [vae.decode(part).float().cpu() for part in (latent.unbind(2) if by_frame else [latent])]
-    return torch.cat([part.reshape(-1, *part.shape[-3:]) for part in parts]).clamp(0, 1)
+    pictures = torch.cat([part.reshape(-1, *part.shape[-3:]) for part in parts])
+    if not pictures.isfinite().all():
+        raise CalibQuantError("the linked VAE decodes to NaN: start ComfyUI with --fp32-vae, or take another VAE")
+    return pictures.clamp(0, 1)
 
 
 def rough_pictures(model: Any, latent: torch.Tensor) -> torch.Tensor:
