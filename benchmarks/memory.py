@@ -17,16 +17,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks.timing import measure  # noqa: E402
-from quant_core.evidence import calibration  # noqa: E402
-from quant_core.evidence.collector import Collector  # noqa: E402
-from quant_core.files.checkpoint import TensorSpec, Writer  # noqa: E402
-from quant_core.files.header import Headers  # noqa: E402
 
 LAYERS = (8, 32)
 MB = 1e6
@@ -57,7 +51,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         folder = Path(place)
         for name, of, layers in (("tiny", TINY, 2), ("few", sizes, LAYERS[0]), ("many", sizes, LAYERS[1])):
-            # Not in this process: Linux counts what a parent holds as its child's peak.
             maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder / name, of, layers))
             maker.start()
             maker.join()
@@ -74,7 +67,17 @@ def main() -> None:
 
 
 def make(folder: Path, sizes: Sizes, layers: int) -> None:
-    """``m.safetensors`` and its calibration, written tensor by tensor."""
+    """``m.safetensors`` and its calibration, written tensor by tensor.
+
+    In a process of its own, where all is imported: Linux counts what a parent holds in the peak of its children.
+    """
+    import torch
+
+    from quant_core.evidence import calibration
+    from quant_core.evidence.collector import Collector
+    from quant_core.files.checkpoint import TensorSpec, Writer
+    from quant_core.files.header import Headers
+
     folder.mkdir()
     shapes = {"blocks.0.large.weight": sizes.linear, "embedding.weight": sizes.table}
     shapes |= {f"blocks.{i}.layer.weight": sizes.layer for i in range(layers)}
