@@ -6,6 +6,8 @@ The files have an embedding table that no job quantizes, one large Linear, and 8
 inputs of their own. A job runs in a process of its own, by the command line, on the CPU. Columns: its peak above that
 of the same job on a tiny file, in MB and in the large Linear's size as float32; and by how much the peak grows from 8
 to 32 layers, in MB and per MB of layers that were added (16 bit). A job that held layers would grow by 1 and more.
+gptq keeps Hessians for layers that share an input, 1 GiB at most (choice.FACTOR_BYTES), and the calibration with
+all its rows.
 """
 
 from __future__ import annotations
