@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import calibration as engine
+from ..quant_core.evidence.calibration import Calibration
 from .comfyui import feedback, folders, patches, sampling, written
-from .comfyui.sampling import SamplerSettings
+from .comfyui.sampling import SamplerSettings, Stage, Stages
 from .recorder import CalibrationHandle, Recorder, summary
 from .types import CATEGORY, CalibrationType, ConditioningSetType
 
 NONE = "none"
+SWITCH = 10  # of 20 steps, as ComfyUI's own workflow for Wan 2.2 has it
 _MONITORS: dict[Path, Recorder] = {}  # one per file, for as long as ComfyUI runs
 
 
@@ -101,8 +104,14 @@ class CalibQuantCalibrate(io.ComfyNode):
                     tooltip="Samples to leave out at the beginning, prompts and seeds with them: one calibration drawn "
                     "in parts, by several servers, to be merged.",
                 ),
+                *expert_inputs(),
             ],
-            outputs=[CalibrationType.Output("calibration", tooltip="What all samples together showed.")],
+            outputs=[
+                CalibrationType.Output("calibration", tooltip="What all samples together showed."),
+                CalibrationType.Output(
+                    "low_noise_calibration", tooltip="Of an expert pair: what the steps of low_noise_model showed."
+                ),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -111,37 +120,66 @@ class CalibQuantCalibrate(io.ComfyNode):
     def execute(
         cls, model: Any, conditioning: list[Any], samples: int, steps: int, cfg: float, sampler_name: str,
         scheduler: str, width: int, height: int, frames: int, seed: int, rows: int, negative: Any = None,
-        first: int = 0,
+        first: int = 0, low_noise_model: Any = None, switch_at_step: int = SWITCH,
     ) -> io.NodeOutput:  # fmt: skip
         check_negative(cfg, negative)
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
-        architecture, identity = patches.identify(model)
-        name = Path(identity.get("source_file", architecture.name)).stem
+        stages = sampling.stages(model, low_noise_model, switch_at_step, settings)
         how = [samples, first, steps, cfg, sampler_name, scheduler, width, height, frames, seed, rows]
-        job = patches.job(model, written.graph(cls.hidden.unique_id), conditioning, negative, how)
-        recorder = Recorder(folders.unfinished_calibration_path(name, job), patient=True)
-        try:
-            recorder.prepare(architecture, identity, rows)
-        except CalibQuantError:  # what an earlier run of this job left is damaged
-            recorder.prepare(architecture, identity, rows, reset=True)
-        done = recorder.runs()
+        job = job_of(cls.hidden.unique_id, stages, conditioning, negative, how)
+        recorders = [_recorder(stage, stages, job, rows) for stage in stages]
+        done = min(recorder.runs() for recorder in recorders)
+        for recorder in recorders:  # cancelled between the experts, the first has a sample more
+            recorder.ahead = recorder.runs() - done
         latent = sampling.empty_latent(model, width, height, frames)
         jobs = jobs_of(conditioning, first + samples, seed)[first + done :]
 
         def begin(text: str, _seed: int) -> None:
-            recorder.labels = {**({"prompts": text} if text else {}), "scheduler": scheduler}
+            for recorder in recorders:
+                recorder.labels = {**({"prompts": text} if text else {}), "scheduler": scheduler}
 
+        pairs = zip(stages, recorders, strict=True)
+        watched = tuple(replace(stage, model=sampling.observe(stage.model, each)) for stage, each in pairs)
         try:
-            sample_all(sampling.observe(model, recorder), jobs, negative, latent, settings, begin, cls.hidden.unique_id)
+            sample_all(watched, jobs, negative, latent, settings, begin, cls.hidden.unique_id)
         except BaseException:  # a cancel is no Exception; what finished runs gave must not be lost
-            recorder.save()
-            finished = kept(recorder, samples, "sample")
+            for recorder in recorders:
+                recorder.save()
+            finished = "; ".join(kept(each, samples, "sample") for each in recorders)
             feedback.tell_kept(cls.hidden.unique_id, f"{finished}: run again with the same settings for the rest")
             raise
-        collected = recorder.current()
-        recorder.path.unlink(missing_ok=True)
-        text = [f"continued: {done} of {samples} samples were done before"] * bool(done) + [summary(collected)]
-        return io.NodeOutput(CalibrationHandle(lambda: collected), ui=ui.PreviewText("\n".join(text)))
+        collected = [recorder.current() for recorder in recorders]
+        for recorder in recorders:
+            recorder.path.unlink(missing_ok=True)
+        handles = [CalibrationHandle(lambda found=found: found) for found in collected]
+        if low_noise_model is None:
+            handles.append(CalibrationHandle(_no_expert))
+        text = [f"continued: {done} of {samples} samples were done before"] * bool(done)
+        return io.NodeOutput(*handles, ui=ui.PreviewText("\n".join([*text, *map(summary, collected)])))
+
+
+def job_of(node_id: str | None, stages: Stages, *values: Any) -> str:
+    """SHA-256 of what decides a sampling job of this node: the graph before it, its MODELs, conditionings, settings."""
+    graph = written.graph(node_id)
+    return patches.job([(stage.model, stage.start) for stage in stages], graph, *values)
+
+
+def _recorder(stage: Stage, stages: Stages, job: str, rows: int) -> Recorder:
+    """Of what an earlier run of the job finished, if there was one."""
+    architecture, identity = patches.identify(stage.model)
+    name = Path(identity.get("source_file", architecture.name)).stem
+    if len(stages) > 1:
+        name += "_low_noise" if stage.start else "_high_noise"
+    recorder = Recorder(folders.unfinished_calibration_path(name, job), patient=True)
+    try:
+        recorder.prepare(architecture, identity, rows)
+    except CalibQuantError:  # what it left is damaged
+        recorder.prepare(architecture, identity, rows, reset=True)
+    return recorder
+
+
+def _no_expert() -> Calibration:
+    raise CalibQuantError("low_noise_calibration of Calibrate is of an expert pair: link low_noise_model to Calibrate")
 
 
 def kept(recorder: Recorder, total: int, what: str) -> str:
@@ -202,6 +240,29 @@ def sampler_inputs(seed: str) -> list[Any]:
     ]  # fmt: skip
 
 
+def expert_inputs() -> list[Any]:
+    """What a node that samples needs for an expert pair. Last of all inputs: older workflows lack them."""
+    return [
+        io.Model.Input(
+            "low_noise_model", optional=True,
+            tooltip="Of an expert pair (Wan 2.2): the model of the later steps, with the same shift. The other input "
+            "is then the high-noise model, and each draws its own steps only.",
+        ),
+        switch_input("low_noise_model"),
+    ]  # fmt: skip
+
+
+def switch_input(low_noise: str) -> io.Int.Input:
+    return io.Int.Input(
+        "switch_at_step",
+        default=SWITCH,
+        min=1,
+        max=1000,
+        optional=True,
+        tooltip=f"With {low_noise}: its first step, as end_at_step and start_at_step of your two samplers.",
+    )
+
+
 Job = tuple[str, Any, int]  # prompt text, CONDITIONING, seed
 
 
@@ -222,7 +283,7 @@ def _in_turn(prompts: list[tuple[str, Any]], count: int) -> list[tuple[str, Any]
 
 
 def sample_all(
-    model: Any, jobs: list[Job], negative: Any, latent: Any, settings: SamplerSettings,
+    stages: Stages, jobs: list[Job], negative: Any, latent: Any, settings: SamplerSettings,
     begin: Callable[[str, int], None], node_id: str | None, keep: Callable[[Any], None] = lambda _latent: None,
 ) -> None:  # fmt: skip
     """Draw all jobs, with progress on the node. begin(text, seed) is told before each, keep(latent) after it."""
@@ -236,7 +297,7 @@ def sample_all(
             clock.tell(total, lambda left: feedback.show(node_id, f"sample {i + 1} of {len(jobs)} · {left}\n{text}"))
 
         # At cfg 1 the negative prompt is not evaluated; the sampler wants one all the same.
-        keep(sampling.draw(model, positive, negative or positive, latent, settings, seed, step))
+        keep(sampling.draw(stages, positive, negative or positive, latent, settings, seed, step))
 
 
 class Clock:

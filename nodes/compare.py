@@ -19,9 +19,19 @@ from ..quant_core.files.markers import provenance
 from ..quant_core.reports import likeness as reports
 from ..quant_core.reports import sheet
 from ..quant_core.reports.likeness import Comparison, Likeness, Picture
-from .calibrate import Clock, Job, check_negative, negative_input, prompts_input, prompts_of, sampler_inputs
+from .calibrate import (
+    SWITCH,
+    Clock,
+    Job,
+    check_negative,
+    negative_input,
+    prompts_input,
+    prompts_of,
+    sampler_inputs,
+    switch_input,
+)
 from .comfyui import comparing, feedback, folders, patches, sampling, written
-from .comfyui.sampling import SamplerSettings
+from .comfyui.sampling import SamplerSettings, Stages
 from .types import CATEGORY
 
 if TYPE_CHECKING:
@@ -61,6 +71,13 @@ class CalibQuantCompare(io.ComfyNode):
                     tooltip="Decodes the pictures. Without it only latents are compared, and shown in rough colours.",
                 ),
                 negative_input(),
+                io.Model.Input(
+                    "low_noise_a",
+                    optional=True,
+                    tooltip="Of an expert pair (Wan 2.2): the 16-bit model of the later steps, after model_a.",
+                ),
+                io.Model.Input("low_noise_b", optional=True, tooltip="Its quantized copy, or once more the original."),
+                switch_input("low_noise_a"),
             ],
             outputs=[
                 io.Image.Output("sheet", tooltip="Original, quantized and difference, row by row."),
@@ -78,22 +95,28 @@ class CalibQuantCompare(io.ComfyNode):
     def execute(
         cls, model_a: Any, model_b: Any, conditioning: list[Any], prompts: int, seeds: int, steps: int, cfg: float,
         sampler_name: str, scheduler: str, width: int, height: int, frames: int, seed: int, filename_prefix: str,
-        vae: Any = None, negative: Any = None,
+        vae: Any = None, negative: Any = None, low_noise_a: Any = None, low_noise_b: Any = None,
+        switch_at_step: int = SWITCH,
     ) -> io.NodeOutput:  # fmt: skip
         began = time.monotonic()
         check_negative(cfg, negative)
         settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
-        comparing.check_pair(model_a, model_b, settings)
+        sampling.check_pair(model_a, model_b, settings)
+        if (low_noise_a is None) != (low_noise_b is None):
+            raise CalibQuantError("an expert pair is drawn by both or by neither: link low_noise_a and low_noise_b")
+        source = sampling.stages(model_a, low_noise_a, switch_at_step, settings)
+        output = sampling.stages(model_b, low_noise_b, switch_at_step, settings)
         folders.new_comparison_path(filename_prefix)  # a name that cannot be is told before the work
         jobs = [(*prompt, seed + i) for prompt in prompts_of(conditioning)[:prompts] for i in range(seeds)]
         latent = sampling.empty_latent(model_a, width, height, frames)
         drawing = _Drawing(jobs, seeds, negative, latent, settings, cls.hidden.unique_id)
-        drawing.draw(model_a, model_b)
+        drawing.draw(source, output)
         judge = _Judge(model_a, vae)
         pictures, rows = _judged(drawing, judge)
         words = _settings(settings, width, height, frames, seed, seeds, len(jobs) // seeds)
+        words |= {"switch at step": switch_at_step} if low_noise_a is not None else {}
         found = Comparison(
-            *_files(model_a, model_b),
+            *_files(source, output),
             seconds=time.monotonic() - began,
             settings=words,
             pictures=pictures,
@@ -131,7 +154,7 @@ class _Drawing:
         self._done, self._clock = 0, Clock(self._total)
         self._progress = feedback.preview_progress(self._total)
 
-    def draw(self, model_a: Any, model_b: Any) -> None:
+    def draw(self, model_a: Stages, model_b: Stages) -> None:
         """One model after the other, so that short memory is filled twice only."""
         source, output = comparing.Watched(model_a), comparing.Watched(model_b)
         for i, job in enumerate(self.jobs):
@@ -170,7 +193,7 @@ class _Drawing:
 
         # At cfg 1 the negative prompt is not evaluated; the sampler wants one all the same.
         final = sampling.draw(
-            watched.model, positive, self.negative or positive, self.latent, self.settings, seed, step
+            watched.stages, positive, self.negative or positive, self.latent, self.settings, seed, step
         ).cpu()
         if not final.isfinite().all():
             raise CalibQuantError(f"{who} draws NaN at seed {seed}, no picture: load it in another dtype")
@@ -226,12 +249,13 @@ def _judged(drawing: _Drawing, judge: _Judge) -> tuple[list[Picture], list[sheet
         alike, b, a = judge.pair(drawing.second[i], drawing.first[i])
         pictures.append(Picture(**asdict(alike), number=i + 1, prompt=text, seed=seed))
         if i in shown:
-            rows.append(sheet.Row(sheet.tiles(a, b), _captions(pictures[-1])))
+            rows.append(sheet.Row(sheet.tiles(a, b), _captions(pictures[-1], len(a))))
     return pictures, rows
 
 
-def _captions(picture: Picture) -> tuple[str, ...]:
+def _captions(picture: Picture, frames: int) -> tuple[str, ...]:
     parts = [f"#{picture.number}", f"seed {picture.seed}"]
+    parts += [f"frames {', '.join(str(i + 1) for i in sheet.shown(frames))} of {frames}"] if frames > 1 else []
     parts += [f"SSIM {picture.ssim:.4f}"] if picture.ssim is not None else []
     parts += [f"PSNR {picture.psnr:.1f} dB"] if picture.psnr is not None else []
     parts += [f"LPIPS {picture.lpips:.4f}"] if picture.lpips is not None else []
@@ -262,18 +286,26 @@ def _settings(
     return {"prompts": prompts, "seeds": seeds, "seed": seed, **size, **asdict(settings)}
 
 
-def _files(model_a: Any, model_b: Any) -> tuple[str, str, str, str, int, int]:
+def _files(model_a: Stages, model_b: Stages) -> tuple[str, str, str, str, int, int]:
     """Both files' names, the family, the second's recipe, both sizes; empty where a loader left no trace."""
-    found = []
-    for model in (model_a, model_b):
-        path = patches.path_of(model) or Path()
-        try:
-            with Headers(path) as file:
-                found.append((file.path.name, file.nbytes(), str((provenance(file) or {}).get("recipe", ""))))
-        except (CalibQuantError, OSError):  # no safetensors file, or gone
-            found.append((path.name, 0, ""))
-    (source, before, _), (output, after, recipe) = found
-    return source, output, patches.identify(model_a)[0].name, recipe, before, after
+    (source, before, _), (output, after, recipe) = (_of_stages(stages) for stages in (model_a, model_b))
+    return source, output, patches.identify(model_a[0].model)[0].name, recipe, before, after
+
+
+def _of_stages(stages: Stages) -> tuple[str, int, str]:
+    """Name, size and recipe; of a pair both names and recipes, and the sum."""
+    names, sizes, recipes = zip(*(_file(stage.model) for stage in stages), strict=True)
+    name, recipe = (" + ".join(dict.fromkeys(filter(None, each))) for each in (names, recipes))
+    return name, sum(sizes) if all(sizes) else 0, recipe
+
+
+def _file(model: Any) -> tuple[str, int, str]:
+    path = patches.path_of(model) or Path()
+    try:
+        with Headers(path) as file:
+            return file.path.name, file.nbytes(), str((provenance(file) or {}).get("recipe", ""))
+    except (CalibQuantError, OSError):  # no safetensors file, or gone
+        return path.name, 0, ""
 
 
 def _notes(model_a: Any, vae: Any) -> list[str]:

@@ -12,6 +12,7 @@ from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import calibration
 from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.collector import Collector
+from ..quant_core.evidence.histogram import range_in_words
 from ..quant_core.files.text import counted
 from ..quant_core.models.architectures import Architecture
 from .comfyui.sampling import SamplingRun
@@ -37,6 +38,7 @@ class Recorder:
     def __init__(self, path: Path, patient: bool = False, report: Callable[[str], None] | None = None) -> None:
         self.path = path
         self.report = report  # told after every run
+        self.ahead = 0  # of the next runs so many are not watched: it has them already
         self.labels: dict[str, Any] = {}  # provenance of the next runs that only the caller knows: prompts, scheduler
         self._patient = patient
         self._before = Calibration()
@@ -79,6 +81,10 @@ class Recorder:
     def start(self, run: SamplingRun | None = None) -> Collector:
         """run: None where a prompt was encoded, of which ``labels`` tells everything."""
         assert self._collector is not None, "prepare comes first"
+        if self.ahead:
+            unused = Collector(lambda layer: "", 1)
+            unused.start_run("")
+            return unused
         self._run = run
         seed = f" seed {run.seed}" if run else ""
         self._collector.start_run(f"{self.labels.get('prompts', '')}{seed}".strip())
@@ -86,6 +92,9 @@ class Recorder:
 
     def finish(self) -> None:
         assert self._collector is not None
+        if self.ahead:
+            self.ahead -= 1
+            return
         self._collector.finish_run()
         for name, value in {**_facts(self._run), **self.labels}.items():
             values = self._info.setdefault(name, [])
@@ -99,7 +108,7 @@ class Recorder:
             self.report(f"{counted(self.runs(), 'run')} in {self.path.name} ({rows})")
 
     def drop(self) -> None:
-        if self._collector is not None:
+        if self._collector is not None and not self.ahead:
             self._collector.drop_run()
 
     def _forget(self) -> None:
@@ -141,10 +150,11 @@ def _groups(architecture: Architecture) -> Callable[[str], str]:
 
 
 def summary(found: Calibration) -> str:
-    """Layers, rows, runs and how far the loudest input channel stands out: a few lines for a node."""
+    """Layers, rows, runs, noise levels and how far the loudest input channel stands out: a few lines for a node."""
     rows = [len(sample.rows) for sample in found.rows.values()]
     held = f"up to {max(rows)} rows of {len(rows)} inputs" if rows else "no rows"
-    lines = [f"{len(found.layers)} layers · {held} · {counted(len(found.info.get('runs', [])), 'run')}"]
+    runs = counted(len(found.info.get("runs", [])), "run")
+    lines = [f"{len(found.layers)} layers · {held} · {runs} · {range_in_words(found)}"]
     ratios = {name: calibration.outlier_ratio(stats) for name, stats in found.layers.items()}
     if ratios:
         worst = max(ratios, key=lambda name: ratios[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,16 @@ from ..quant_core.reports import planned
 from ..quant_core.rounding.choice import AUTO, Rounder
 from ..quant_core.rounding.loaded import Shelf
 from ..quant_core.rounding.pack import pick_device
-from .calibrate import check_negative, jobs_of, negative_input, prompts_input, sample_all, sampling_inputs
+from .calibrate import (
+    SWITCH,
+    check_negative,
+    expert_inputs,
+    jobs_of,
+    negative_input,
+    prompts_input,
+    sample_all,
+    sampling_inputs,
+)
 from .comfyui import emulation, feedback, patches, sampling
 from .comfyui.sampling import SamplerSettings
 from .types import CATEGORY, PlanType
@@ -51,6 +61,7 @@ class CalibQuantRefinePlan(io.ComfyNode):
                     "their measured errors beside the predicted ones.",
                 ),
                 negative_input(),
+                *expert_inputs(),
             ],
             outputs=[
                 PlanType.Output("plan", tooltip="The better of the two plans, for Save Quantized Model."),
@@ -64,24 +75,27 @@ class CalibQuantRefinePlan(io.ComfyNode):
     def execute(
         cls, model: Any, plan: Plan, conditioning: list[Any], samples: int, steps: int, cfg: float, sampler_name: str,
         scheduler: str, width: int, height: int, frames: int, seed: int, minutes: float, measure_controls: bool,
-        negative: Any = None,
+        negative: Any = None, low_noise_model: Any = None, switch_at_step: int = SWITCH,
     ) -> io.NodeOutput:  # fmt: skip
         check_negative(cfg, negative)
         latent = sampling.empty_latent(model, width, height, frames)
         settings, jobs = SamplerSettings(steps, cfg, sampler_name, scheduler), jobs_of(conditioning, samples, seed)
+        stages = sampling.stages(model, low_noise_model, switch_at_step, settings)
+        planned = patches.stage_of(stages, plan.asked.table.made_with.source if plan.asked else None)
 
         def draw(of: Any, what: str) -> list[torch.Tensor]:
             drawn: list[torch.Tensor] = []
             named = [(f"{what}\n{text}".strip(), positive, number) for text, positive, number in jobs]
             keep = lambda z: drawn.append(z.float().cpu())  # noqa: E731
-            sample_all(of, named, negative, latent, settings, lambda *_: None, cls.hidden.unique_id, keep)
+            drawing = tuple(replace(each, model=of) if each is planned else each for each in stages)
+            sample_all(drawing, named, negative, latent, settings, lambda *_: None, cls.hidden.unique_id, keep)
             return drawn
 
         if "te" in plan.parts:
             raise CalibQuantError("the plan is for text encoders, too, which are not sampled: refine parts model first")
-        with Source(_file(model), kinds=plan.parts) as source:
+        with Source(_file(planned.model), kinds=plan.parts) as source:
             refine.check(source, plan)
-            sampler = _sampler(model, source, plan, draw, cls.hidden.unique_id)
+            sampler = _sampler(planned.model, source, plan, draw, cls.hidden.unique_id)
             found = refine.refine(source, plan, sampler, minutes, measure_controls)
         text = _text(found)
         return io.NodeOutput(found.plan, text, ui={"text": (text,), "calibquant_refined": (found.to_dict(),)})

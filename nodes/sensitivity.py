@@ -14,14 +14,28 @@ from ..quant_core.errors import CalibQuantError
 from ..quant_core.evidence import calibration as engine
 from ..quant_core.evidence import probing, sensitivity
 from ..quant_core.evidence.calibration import POINTS, Calibration
+from ..quant_core.evidence.histogram import sigma_range
 from ..quant_core.evidence.probing import Meter
 from ..quant_core.files.text import counted
-from .calibrate import Job, check_negative, jobs_of, negative_input, prompts_input, sample_all, sampling_inputs
-from .comfyui import feedback, folders, patches, sampling, written
+from .calibrate import (
+    SWITCH,
+    Job,
+    check_negative,
+    expert_inputs,
+    job_of,
+    jobs_of,
+    negative_input,
+    prompts_input,
+    sample_all,
+    sampling_inputs,
+)
+from .comfyui import feedback, folders, patches, sampling
 from .comfyui import probing as comfyui
 from .comfyui.sampling import SamplerSettings
 from .recorder import IDENTITY, SAVING_SHARE, CalibrationHandle
 from .types import CATEGORY, CalibrationType
+
+SEEN_SHARE = 2 / 3  # of the steps, that the calibration must have seen; other numbers of steps end a bit earlier
 
 
 class CalibQuantSensitivity(io.ComfyNode):
@@ -41,6 +55,7 @@ class CalibQuantSensitivity(io.ComfyNode):
                 *sampling_inputs(8),
                 *_probing_inputs(),
                 negative_input(),
+                *expert_inputs(),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip="The calibration with sensitivities.")],
             hidden=[io.Hidden.unique_id],
@@ -51,16 +66,20 @@ class CalibQuantSensitivity(io.ComfyNode):
     def execute(
         cls, model: Any, calibration: CalibrationHandle, conditioning: list[Any], samples: int, steps: int, cfg: float,
         sampler_name: str, scheduler: str, width: int, height: int, frames: int, seed: int, estimator: str, points: int,
-        probes: int, rows: int, seconds: int, negative: Any = None,
+        probes: int, rows: int, seconds: int, negative: Any = None, low_noise_model: Any = None,
+        switch_at_step: int = SWITCH,
     ) -> io.NodeOutput:  # fmt: skip
         check_negative(cfg, negative)
-        before = calibration.current()
+        settings, before = SamplerSettings(steps, cfg, sampler_name, scheduler), calibration.current()
+        stages = sampling.stages(model, low_noise_model, switch_at_step, settings)
+        measured = patches.stage_of(stages, before.info.get("source_fingerprint"))
+        model = measured.model
         _check(model, before)
+        _check_steps(sampling.sigmas(measured, settings), before)
         how = [samples, steps, cfg, sampler_name, scheduler, width, height, frames, seed]
         how += [estimator, points, probes, rows, seconds]
-        graph = written.graph(cls.hidden.unique_id)
-        job = patches.job(model, graph, before.fingerprint(), conditioning, negative, how)
         name = Path(before.info.get("source_file") or before.info["architecture"]).stem
+        job = job_of(cls.hidden.unique_id, stages, before.fingerprint(), conditioning, negative, how)
         keeper = _Keeper(folders.unfinished_calibration_path(name, job))
         before = keeper.continued(before)
         jobs, done = _unfinished(jobs_of(conditioning, samples, seed), points, before)
@@ -73,11 +92,16 @@ class CalibQuantSensitivity(io.ComfyNode):
             comfyui.check_cancel,
         )
         latent = sampling.empty_latent(model, width, height, frames)
-        settings = SamplerSettings(steps, cfg, sampler_name, scheduler)
+
+        def sample(watched: Any, begin: Callable[[str, int], None]) -> None:
+            drawing = tuple(replace(each, model=watched) if each is measured else each for each in stages)
+            sample_all(
+                drawing, jobs, negative, latent, settings, begin, cls.hidden.unique_id,
+                lambda _: keeper.save(before, meter),
+            )  # fmt: skip
+
         try:
-            _measure(model, meter, jobs, before, points, lambda m, begin: sample_all(
-                m, jobs, negative, latent, settings, begin, cls.hidden.unique_id, lambda _: keeper.save(before, meter)
-            ))  # fmt: skip
+            _measure(model, meter, jobs, before, points, sample)
         except BaseException:  # a cancel is no Exception; points that are done must not be lost
             feedback.tell_kept(cls.hidden.unique_id, keeper.keep(before, meter))
             raise
@@ -115,6 +139,17 @@ def _check(model: Any, found: Calibration) -> None:
     if any(found.info.get(name) != identity.get(name) for name in IDENTITY):
         of = found.info.get("source_file") or f"a {found.info.get('architecture')} model"
         raise CalibQuantError(f"the calibration is of another model ({of}): link the model that it was made with")
+
+
+def _check_steps(sigmas: list[float], found: Calibration) -> None:
+    """An expert of a pair must not be measured at steps that it never draws."""
+    low, high = sigma_range(found) or (min(sigmas), max(sigmas))
+    inside = sum(low * 0.99 <= sigma <= high * 1.01 for sigma in sigmas)
+    if inside < SEEN_SHARE * len(sigmas):
+        raise CalibQuantError(
+            f"the calibration saw sigma {high:.3g} to {low:.3g}, in {inside} of these {len(sigmas)} steps: link both "
+            "models of an expert pair, else take the settings of the calibration"
+        )
 
 
 def _name(text: str, seed: int, number: int, points: int) -> str:

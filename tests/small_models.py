@@ -276,6 +276,41 @@ SMALL: dict[str, Small] = {
 }
 
 
+_LUMINA = dict(dim=256, n_layers=2, n_heads=2, n_kv_heads=2, axes_dims=[32, 48, 48], cap_feat_dim=64)
+_CAPTION = dict(context=_TEXT, num_tokens=6)
+# Families with tests of their own: here for the table of all (benchmarks/families.py).
+OLDER: dict[str, Small] = {
+    "flux": Small("Flux", _FLUX, _image(16), dict(context=_TEXT, y=(1, 32), guidance=(1,))),
+    "wan": Small(
+        "WAN21_T2V",
+        dict(dim=128, ffn_dim=256, num_heads=1, num_layers=2, text_dim=64),
+        _video(16, frames=3),
+        dict(context=_TEXT),
+    ),
+    "zimage": Small("ZImage", _LUMINA, _image(16), _CAPTION),
+    "lumina2": Small("Lumina2", _LUMINA, _image(16), _CAPTION),
+    "qwen_image": Small(
+        "QwenImage", dict(num_attention_heads=2, joint_attention_dim=64), _video(16), dict(context=_TEXT)
+    ),
+    "sdxl": Small(
+        "SDXL",
+        dict(
+            model_channels=64,
+            channel_mult=[1, 2],
+            num_res_blocks=[1, 1],
+            transformer_depth=[0, 1],
+            transformer_depth_output=[0, 0, 1, 1],
+            transformer_depth_middle=1,
+            context_dim=64,
+        ),
+        _image(4),
+        dict(context=_TEXT, y=(1, 2816)),
+        time=500,
+    ),
+    "sd15": Small("SD15", dict(model_channels=64, context_dim=64), _image(4, 16), dict(context=_TEXT), time=500),
+}
+
+
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 

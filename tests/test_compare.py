@@ -187,7 +187,7 @@ def test_the_sheet_shows_pixels_as_they_are_and_the_difference_with_its_gain() -
     assert (a == 128).all() and (b[20:25, 25:30] == 153).all()
     assert (difference[20:25, 25:30] == round(255 * 0.1 * sheet.GAIN)).all() and difference.sum() == 25 * 3 * 204
     large = sheet.tiles(torch.zeros(3, 40, 2000, 3), torch.zeros(3, 40, 2000, 3))[0]
-    assert large.size == (512, 10)
+    assert large.size == (512, 3 * 10 + 2 * sheet.GAP)  # three frames
 
 
 def test_a_sheet_of_many_shows_the_worst_in_order() -> None:

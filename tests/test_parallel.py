@@ -18,7 +18,7 @@ from quant_core.files.checkpoint import Writer
 from quant_core.formats import FORMATS, nvfp4
 from quant_core.models.source import Source
 from quant_core.planning import recipes
-from quant_core.rounding import pack
+from quant_core.rounding import gptq, pack
 from quant_core.rounding.parallel import workers
 
 CPU = torch.device("cpu")
@@ -138,3 +138,17 @@ def test_nvfp4_search_finds_the_least_error_of_all_its_scales() -> None:
     nearest = fmt.quantize(weight, frame.tensor).scale.view(torch.uint8).to(torch.int16)
     tried = [cost((nearest + i).clamp(0, 126).to(torch.uint8).view(torch.float8_e4m3fn)) for i in range(-4, 9)]
     torch.testing.assert_close(cost(chosen), torch.stack(tried).amin(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [96, 768])  # fewer than columns, and more
+def test_gptq_in_comfyui_is_that_of_the_command_line(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "ALONE", 16)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(n, 192, generator=generator) for n in (128, rows))
+
+    def rounded() -> torch.Tensor:
+        return pack.by_gptq(weight, FORMATS["nvfp4"], CPU, "w", gptq.factor(inputs)).tensors["weight"]
+
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        inside = rounded()
+    assert torch.equal(inside, rounded())

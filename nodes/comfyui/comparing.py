@@ -7,12 +7,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import comfy.model_management
-import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -20,7 +19,7 @@ from ...quant_core.errors import CalibQuantError
 from ...quant_core.evidence.likeness import relative_error
 from ...quant_core.evidence.watch import force_eager, linears
 from ...quant_core.reports.likeness import Pace
-from .sampling import SamplerSettings
+from .sampling import Stages
 
 _WRAPPER = "calibquant_compare"
 
@@ -43,13 +42,17 @@ Observer = Callable[[Prediction, Predict], None]
 
 
 class Watched:
-    """A clone of a MODEL, ``model``, that tells what it does while it samples. Samples stay as they are."""
+    """Clones of a MODEL or an expert pair, ``stages``, that tell what they do while they sample.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.clone()
-        self.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _WRAPPER, self._predict)
+    Samples stay as they are.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = tuple(replace(stage, model=stage.model.clone()) for stage in stages)
+        for stage in self.stages:
+            stage.model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _WRAPPER, self._predict)
         self._seconds: list[list[float]] = []  # of each sample's calls of the model
-        self._layers: dict[str, str] | None = None  # quantized layer -> why it ran emulated, or ""
+        self._layers: dict[torch.nn.Module, dict[str, str]] = {}  # quantized layer -> why it ran emulated, or ""
         self._observer: Observer | None = None
 
     def begin(self, observer: Observer | None = None) -> None:
@@ -59,18 +62,17 @@ class Watched:
 
     def pace(self, steps: int) -> Pace:
         """steps: of each sample; some samplers call the model twice in one."""
-        layers, calls = self._layers or {}, [seconds for sample in self._seconds for seconds in sample[1:] or sample]
+        reasons = [reason for layers in self._layers.values() for reason in layers.values()]
+        calls = [seconds for sample in self._seconds for seconds in sample[1:] or sample]
         per_step = sum(map(len, self._seconds)) / (steps * len(self._seconds))
-        why = Counter(reason for reason in layers.values() if reason)
-        native = sum(not reason for reason in layers.values())
-        return Pace(median(calls) * per_step, len(layers), native, dict(why.most_common()))
+        why = Counter(filter(None, reasons))
+        return Pace(median(calls) * per_step, len(reasons), reasons.count(""), dict(why.most_common()))
 
     def _predict(self, executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            if self._layers is None:  # in the first call, which is not counted, so that hooks cost nothing
-                self._layers = {}
-                module = executor.class_obj.inner_model.diffusion_model
-                stack.enter_context(_watch_kernels(module, self._layers))
+            module = executor.class_obj.inner_model.diffusion_model
+            if module not in self._layers:  # in the first call, which is not counted, so that hooks cost nothing
+                stack.enter_context(_watch_kernels(module, self._layers.setdefault(module, {})))
             began = _now()
             x0 = executor(x, timestep, *args, **kwargs)
             self._seconds[-1].append(_now() - began)
@@ -170,28 +172,19 @@ def _why_emulated(module: Any, device: str) -> str:
     return "weights are decoded in every step" if getattr(module, "comfy_force_cast_weights", False) else ""
 
 
-def check_pair(source: Any, other: Any, settings: SamplerSettings) -> None:
-    """CalibQuantError for two MODELs that cannot draw the same picture."""
-    kinds = [type(model.get_model_object("latent_format")).__name__ for model in (source, other)]
-    if kinds[0] != kinds[1]:
-        raise CalibQuantError(f"the two models make different latents ({kinds[0]}, {kinds[1]}): link two of one family")
-    first, second = (
-        comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), settings.scheduler, settings.steps)
-        for model in (source, other)
-    )
-    if not torch.allclose(first, second, rtol=1e-4):
-        raise CalibQuantError("the two models are sampled at different noise levels: put the same shift on both")
-
-
 def in_model_space(model: Any, latent: torch.Tensor) -> torch.Tensor:
     """Where the model works, with about zero mean and unit variance; samplers hand out the VAE's space."""
     return model.get_model_object("latent_format").process_in(latent)
 
 
 def decode(vae: Any, latent: torch.Tensor) -> torch.Tensor:
-    """Pictures float32 [frames, H, W, C] in 0..1, on the CPU."""
-    pictures = vae.decode(latent).float().cpu()
-    return pictures.reshape(-1, *pictures.shape[-3:]).clamp(0, 1)
+    """Pictures float32 [frames, H, W, C] in 0..1, on the CPU. A VAE of images decodes a video cell by cell."""
+    by_frame = latent.dim() == 5 and vae.latent_dim == 2
+    parts = [vae.decode(part).float().cpu() for part in (latent.unbind(2) if by_frame else [latent])]
+    pictures = torch.cat([part.reshape(-1, *part.shape[-3:]) for part in parts])
+    if not pictures.isfinite().all():
+        raise CalibQuantError("the linked VAE decodes to NaN: start ComfyUI with --fp32-vae, or take another VAE")
+    return pictures.clamp(0, 1)
 
 
 def rough_pictures(model: Any, latent: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...quant_core.models.source import Source
 from ...quant_core.planning import targets
 from ...quant_core.planning.plan import Plan
 from ...quant_core.rounding import smoothing
+from .sampling import Stage, Stages
 
 CORE = Path(comfy.quant_ops.__file__).resolve().parents[1]  # the running ComfyUI
 _MODEL_KEY = "diffusion_model."
@@ -140,12 +141,20 @@ def identify(model: Any) -> tuple[Architecture, dict[str, Any]]:
     }
 
 
-def job(model: Any, *values: Any) -> str:
-    """SHA-256 of what decides a sampling job: the MODEL with its patches and sigmas, conditionings, settings."""
+def job(models: Iterable[tuple[Any, int]], *values: Any) -> str:
+    """SHA-256 of what decides a sampling job: MODELs with their patches, sigmas and first steps; and the values."""
     digest = hashlib.sha256()
-    sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
-    _digest(digest, [*_source_of(model).values(), model.patches, sigmas, *values])
+    for model, start in models:
+        sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
+        _digest(digest, [start, *_source_of(model).values(), model.patches, sigmas])
+    _digest(digest, list(values))
     return digest.hexdigest()
+
+
+def stage_of(stages: Stages, fingerprint: str | None) -> Stage:
+    """The stage whose model was loaded from this file; the first where that is unknown."""
+    found = [s for s in stages[1:] if fingerprint and _source_of(s.model).get("source_fingerprint") == fingerprint]
+    return (found or stages)[0]
 
 
 def path_of(model: Any) -> Path | None:

@@ -122,17 +122,72 @@ def empty_latent(model: Any, width: int, height: int, frames: int) -> torch.Tens
     return comfy.sample.fix_empty_latent_channels(model, torch.zeros(1, latent.latent_channels, *size))
 
 
+@dataclass(frozen=True)
+class Stage:
+    """The steps that one model draws of every sample: ``start`` up to ``end``."""
+
+    model: Any
+    start: int
+    end: int
+
+
+Stages = tuple[Stage, ...]  # one, or those of an expert pair: high noise, then low noise
+
+
+def stages(model: Any, low_noise_model: Any, switch: int, settings: SamplerSettings) -> Stages:
+    """All steps by one model, or, as Wan 2.2 wants it, those from step ``switch`` on by its low-noise expert."""
+    if low_noise_model is None:
+        return (Stage(model, 0, settings.steps),)
+    if not 0 < switch < settings.steps:
+        raise CalibQuantError(f"switch_at_step {switch} leaves one of the experts no step of {settings.steps}")
+    check_pair(model, low_noise_model, settings)
+    return Stage(model, 0, switch), Stage(low_noise_model, switch, settings.steps)
+
+
+def check_pair(model: Any, other: Any, settings: SamplerSettings) -> None:
+    """CalibQuantError for two MODELs that cannot draw the same picture."""
+    kinds = [type(each.get_model_object("latent_format")).__name__ for each in (model, other)]
+    if kinds[0] != kinds[1]:
+        raise CalibQuantError(f"the two models make different latents ({kinds[0]}, {kinds[1]}): link two of one family")
+    first, second = (_sigmas(each, settings) for each in (model, other))
+    if not torch.allclose(first, second, rtol=1e-4):
+        raise CalibQuantError("the two models are sampled at different noise levels: put the same shift on both")
+
+
+def sigmas(stage: Stage, settings: SamplerSettings) -> list[float]:
+    """Noise levels at which the stage's steps begin."""
+    return _sigmas(stage.model, settings)[:-1][stage.start : stage.end].tolist()
+
+
+def _sigmas(model: Any, settings: SamplerSettings) -> torch.Tensor:
+    model_sampling = model.get_model_object("model_sampling")
+    return comfy.samplers.calculate_sigmas(model_sampling, settings.scheduler, settings.steps)
+
+
 def draw(
-    model: Any, positive: Any, negative: Any, latent: torch.Tensor, settings: SamplerSettings, seed: int, step: Any
+    stages: Stages, positive: Any, negative: Any, latent: torch.Tensor, settings: SamplerSettings, seed: int, step: Any
 ) -> torch.Tensor:
-    """One sample as the stock KSampler draws it. step(done, of, preview) after every step; preview as ComfyUI's."""
+    """One sample as the stock KSampler draws it, or one KSampler (Advanced) for each stage.
+
+    step(done, of, preview) after every step; preview as ComfyUI's.
+    """
+    noise = comfy.sample.prepare_noise(latent, seed)
+    how = (settings.steps, settings.cfg, settings.sampler, settings.scheduler)
+    for stage in stages:
+        latent = comfy.sample.sample(
+            stage.model, noise, *how, positive, negative, latent, start_step=stage.start, last_step=stage.end,
+            callback=_callback(stage, settings.steps, step), disable_pbar=True, seed=seed,
+        )  # fmt: skip
+        noise = torch.zeros_like(noise)  # the next stage goes on with what noise is left
+    return latent
+
+
+def _callback(stage: Stage, steps: int, step: Any) -> Callable[..., None]:
+    model = stage.model
     previewer = latent_preview.get_previewer(model.load_device, model.get_model_object("latent_format"))
 
     def callback(index: int, x0: torch.Tensor, _x: torch.Tensor, total: int) -> None:
-        step(index + 1, total, previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None)
+        done = stage.start + (stage.end - stage.start) * (index + 1) // total
+        step(done, steps, previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None)
 
-    noise = comfy.sample.prepare_noise(latent, seed)
-    how = (settings.steps, settings.cfg, settings.sampler, settings.scheduler)
-    return comfy.sample.sample(
-        model, noise, *how, positive, negative, latent, callback=callback, disable_pbar=True, seed=seed
-    )
+    return callback

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from .options import path
-
-if TYPE_CHECKING:
-    pass
 
 HELP = "what is in a calibration file; merge several"
 
 
 def run(args: argparse.Namespace) -> None:
     from ..evidence import calibration
+    from ..evidence.histogram import histogram
 
     if args.action == "info" and (len(args.files) > 1 or args.output or args.overwrite):
         raise OptionError("calibration info takes one FILE and no -o")
@@ -23,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
         raise OptionError("calibration merge needs -o OUT.safetensors")
     loaded = [calibration.load(file) for file in args.files]
     if args.action == "info":
-        print(calibration.describe(loaded[0]))
+        print("\n".join([calibration.describe(loaded[0]), "", "calls of the model:", *histogram(loaded[0])]))
         return
     merged = loaded[0]
     for other in loaded[1:]:

@@ -307,8 +307,8 @@ def _check_info(info: Any) -> dict[str, str]:
         value = info.get(name, kind())
         if type(value) is not kind or (kind is int and value < 0):
             raise _DamageError(f"{name} in its header is {value!r:.40}")
-    if not all(type(n) is int and n >= 0 for n in info.get("sigmas", {}).values()):
-        raise _DamageError("sigmas in its header must be counts")
+    if not all(type(n) is int and n >= 0 and _is_number(sigma) for sigma, n in info.get("sigmas", {}).items()):
+        raise _DamageError("sigmas in its header must be counts of numbers")
     if not all(isinstance(run, str) for run in info.get("runs", [])):
         raise _DamageError("runs in its header must be names")
     if not all(isinstance(point, str) for point in info.get(POINTS, [])):
@@ -317,6 +317,13 @@ def _check_info(info: Any) -> dict[str, str]:
     if not isinstance(groups, dict) or not all(isinstance(g, str) and g in groups for g in groups.values()):
         raise _DamageError("its header does not say which layers share an input")
     return groups
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return 0 <= float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:

@@ -37,10 +37,27 @@ def chosen(errors: list[float]) -> list[int]:
 
 
 def tiles(wanted: torch.Tensor, found: torch.Tensor) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Of pictures [frames, H, W, C] in 0..1: the middle frame of both, and |A - B| times GAIN."""
-    a, b = (pictures[len(pictures) // 2, ..., :3].float().cpu().clamp(0, 1) for pictures in (wanted, found))
-    first, second, third = (_tile(picture) for picture in (a, b, ((a - b).abs() * GAIN).clamp(max=1)))
+    """Of pictures [frames, H, W, C] in 0..1: both, and |A - B| times GAIN. Of a video the frames ``shown``."""
+    some = shown(len(wanted))
+    a, b = (pictures[some, ..., :3].float().cpu().clamp(0, 1) for pictures in (wanted, found))
+    first, second, third = (_column(frames) for frames in (a, b, ((a - b).abs() * GAIN).clamp(max=1)))
     return first, second, third
+
+
+def shown(frames: int) -> list[int]:
+    """The first, the middle and the last."""
+    return sorted({0, frames // 2, frames - 1})
+
+
+def _column(frames: torch.Tensor) -> Image.Image:
+    from PIL import Image
+
+    parts = [_tile(frame) for frame in frames]
+    width, height = parts[0].size
+    column = Image.new("RGB", (width, len(parts) * (height + GAP) - GAP), PAPER)
+    for i, part in enumerate(parts):
+        column.paste(part, (0, i * (height + GAP)))
+    return column
 
 
 def _tile(picture: torch.Tensor) -> Image.Image:

@@ -69,6 +69,17 @@ def workers(device: torch.device) -> Iterator[Each]:
     with threads(count) as pool:
         torch.set_num_threads(1)
         try:
-            yield lambda function, parts: list(pool.map(function, parts))
+            yield lambda function, parts: list(pool.map(_in_mode_of_caller(function), parts))
         finally:
             torch.set_num_threads(before)
+
+
+def _in_mode_of_caller(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
+    """A thread's inference mode is its own, and outside of it nothing may be written into the caller's tensors."""
+    inference = torch.is_inference_mode_enabled()  # ComfyUI runs nodes in it
+
+    def call(part: Part) -> Result:
+        with torch.inference_mode(inference):
+            return function(part)
+
+    return call
