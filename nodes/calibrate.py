@@ -368,7 +368,7 @@ class CalibQuantSaveCalibration(io.ComfyNode):
         if not found.layers:
             raise CalibQuantError("nothing was collected yet: link the sampler's LATENT to after, which makes it wait")
         if merge_with != NONE:
-            other = engine.load(folders.calibration_path(merge_with))
+            other = engine.load(folders.calibration_path(merge_with), leave_rows=True)
             found = engine.merge(found, other, max(c.info.get("rows", engine.ROWS) for c in (found, other)))
         path = folders.new_calibration_path(filename_prefix)
         engine.save(found, path)
@@ -402,5 +402,5 @@ class CalibQuantLoadCalibration(io.ComfyNode):
     @classmethod
     @feedback.in_node_words()
     def execute(cls, calibration_name: str) -> io.NodeOutput:
-        found = engine.load(folders.calibration_path(calibration_name))
+        found = engine.load(folders.calibration_path(calibration_name), leave_rows=True)
         return io.NodeOutput(CalibrationHandle(lambda: found), ui=ui.PreviewText(summary(found)))

@@ -151,7 +151,7 @@ def _groups(architecture: Architecture) -> Callable[[str], str]:
 
 def summary(found: Calibration) -> str:
     """Layers, rows, runs, noise levels and how far the loudest input channel stands out: a few lines for a node."""
-    rows = [len(sample.rows) for sample in found.rows.values()]
+    rows = [len(sample.keys) for sample in found.rows.values()]
     held = f"up to {max(rows)} rows of {len(rows)} inputs" if rows else "no rows"
     runs = counted(len(found.info.get("runs", [])), "run")
     lines = [f"{len(found.layers)} layers · {held} · {runs} · {range_in_words(found)}"]

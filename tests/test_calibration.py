@@ -235,3 +235,24 @@ def test_any_torch_model_can_be_watched() -> None:
     assert set(found.layers) == {"0", "2"} and all(stats.count == 32 for stats in found.layers.values())
     assert torch.equal(found.layers["0"].input_amax, x.abs().amax(0))
     assert torch.equal(found.rows_of("0"), x.bfloat16())
+
+
+def test_rows_that_stay_in_the_file_are_those_that_were_saved(tmp_path: Path) -> None:
+    made, path = collect(["a", "b", "c"]), tmp_path / "c.calibration.safetensors"
+    calibration.save(made, path)
+    left = calibration.load(path, leave_rows=True)
+    assert left.fingerprint() == made.fingerprint() and list(left.rows) == list(calibration.load(path).rows)
+    for name, sample in made.rows.items():
+        assert torch.equal(left.rows[name].rows, sample.rows)
+        assert left.held_out(name)[1] == made.held_out(name)[1]
+    calibration.save(left, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_rows_of_a_file_that_was_replaced_meanwhile_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.calibration.safetensors"
+    calibration.save(collect(["a", "b"]), path)
+    left = calibration.load(path, leave_rows=True)
+    path.write_bytes(b"another")
+    with pytest.raises(CalibQuantError, match=r"c\.calibration\.safetensors: was changed or removed"):
+        next(iter(left.rows.values())).rows  # noqa: B018

@@ -207,7 +207,7 @@ def calibration_of(source: Source, args: argparse.Namespace) -> Calibration | No
 
     if args.calibration is None:
         return None
-    loaded = calibration.load(args.calibration)
+    loaded = calibration.load(args.calibration, leave_rows=True)
     recipes.check_widths(source, loaded)
     try:
         recipes.check_calibration(source, loaded)

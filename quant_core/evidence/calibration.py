@@ -1,4 +1,4 @@
-"""What each layer sees and does while a model really samples: collected, stored, merged.
+"""The calibration file: what each layer sees and does while a model really samples (``statistics``).
 
 One safetensors file holds it. Per layer ``L`` (named without the checkpoint's prefix): ``L.input_mean``,
 ``L.input_absmean``, ``L.input_sqmean``, ``L.input_amax`` (float32 [in]), ``L.output_mean``, ``L.output_sqmean``
@@ -13,14 +13,10 @@ which layer belongs to which G. Where sensitivities were measured (``sensitivity
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,213 +25,27 @@ from numpy.typing import NDArray
 
 from ..errors import CalibQuantError, printable
 from ..files.checkpoint import Checkpoint, TensorSpec, Writer
+from ..files.disk import stat_of
 from ..files.text import counted, parse_json
-from . import sensitivity
 from .sensitivity import LayerSensitivity
+from .statistics import ROWS, UNKNOWN, VECTORS, Calibration, LayerStats, Rows, merge, merge_sensitivities
+
+__all__ = [
+    "POINTS", "ROWS", "UNKNOWN", "Calibration", "LayerStats", "Rows", "describe", "load", "merge",
+    "merge_sensitivities", "outlier_ratio", "save",
+]  # fmt: skip
 
 FORMAT_VERSION = 4  # 1 had no input_mean, 2 no row_runs, 3 no sensitivities
 READABLE = (2, 3, 4)
 METADATA_KEY = "calibquant_calibration"
 POINTS = "sensitivity_points"  # in info: which runs and sigmas sensitivities were measured at
-ROWS = 2048  # of input per group
-HELD_OUT = 5  # one run in so many is set aside
-UNKNOWN = -1  # the run of a row that a file of version 2 or an unfinished run left
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """Statistics of one layer; see the module's description. ``group`` names the layer that holds the rows."""
-
-    group: str
-    count: int
-    calls: int
-    input_mean: torch.Tensor
-    input_absmean: torch.Tensor
-    input_sqmean: torch.Tensor
-    input_amax: torch.Tensor
-    output_mean: float
-    output_sqmean: float
-    output_channel_mean: torch.Tensor
-    output_channel_sqmean: torch.Tensor
-
-    @property
-    def output_variance(self) -> float:
-        """HSWQ's sensitivity: mean over calls of mean(Y^2), minus the squared mean over calls of mean(Y)."""
-        return self.output_sqmean - self.output_mean**2
-
-    def scaled(self, factor: torch.Tensor) -> LayerStats:
-        """Inputs times ``factor``, float32 [in]; outputs stay what they were."""
-        return replace(
-            self,
-            input_mean=self.input_mean * factor,
-            input_absmean=self.input_absmean * factor.abs(),
-            input_sqmean=self.input_sqmean * factor.square(),
-            input_amax=self.input_amax * factor.abs(),
-        )
-
-
-_VECTORS = tuple(f.name for f in fields(LayerStats) if f.type == "torch.Tensor")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A uniform sample without replacement: the rows whose random keys are the largest of all rows seen."""
-
-    rows: torch.Tensor  # bfloat16 [n, in]
-    keys: NDArray[np.float64]  # [n], in the order of rows
-    runs: NDArray[np.int32]  # [n], places in info["runs"], or UNKNOWN
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Statistics of all layers with their provenance (``info``: architecture, source, prompts, seeds, sigmas …)."""
-
-    layers: dict[str, LayerStats] = field(default_factory=dict)
-    rows: Mapping[str, Rows] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
-    sensitivities: dict[str, LayerSensitivity] = field(default_factory=dict)  # of layers where they were measured
-
-    def fingerprint(self) -> str:
-        """SHA-256 over what tells two calibrations apart: provenance, statistics, which rows, which sensitivities."""
-        digest = hashlib.sha256(json.dumps(self.info, sort_keys=True, default=str).encode())
-        for name, stats in sorted(self.layers.items()):
-            digest.update(f"{name} {stats.count} {name in self.sensitivities}".encode())
-            digest.update(stats.input_sqmean.numpy().tobytes() + stats.input_amax.numpy().tobytes())
-        for name in sorted(self.rows):
-            digest.update(name.encode() + self.rows[name].keys.tobytes())
-        return digest.hexdigest()
-
-    def rows_of(self, layer: str) -> torch.Tensor:
-        """Sampled input rows of a layer, bfloat16 [n, in]."""
-        return self.rows[self.layers[layer].group].rows
-
-    def held_out(self, group: str) -> tuple[torch.Tensor, int]:
-        """Which rows of a group are set aside for judging, bool [n], and of how many runs they are; none of one run.
-
-        Which runs depends on their names alone, not on the order in which files were merged; equal names are one run.
-        """
-        runs: dict[str, list[int]] = {}
-        for place, name in enumerate(self.info.get("runs", [])):
-            runs.setdefault(name, []).append(place)
-        of = self.rows[group].runs
-        seen = [name for name, places in runs.items() if np.isin(of, places).any()]
-        drawn = sorted(seen, key=lambda name: (zlib.crc32(name.encode()), name))[: max(1, len(seen) // HELD_OUT)]
-        if len(seen) < 2:
-            drawn = []
-        places = [place for name in drawn for place in runs[name]]
-        return torch.from_numpy(np.isin(of, places)), len(drawn)
-
-    def scaled(self, factors: Mapping[str, torch.Tensor]) -> Calibration:
-        """As if the inputs of some layers had been ``factors``, float32 [in] by layer, times what they were.
-
-        Rows are multiplied when they are asked for. Layers that shared an input and got different factors no longer
-        share it. Statistics of outputs stay what they were; sensitivities are of the model as it was, and left out.
-        """
-        layers, origins, names = {}, {}, dict[tuple[str, bytes], str]()
-        for name, stats in self.layers.items():
-            factor = factors.get(name)
-            key = stats.group, b"" if factor is None else factor.numpy().tobytes()
-            group = names.setdefault(key, name)
-            origins[group] = stats.group, factor
-            layers[name] = replace(stats if factor is None else stats.scaled(factor), group=group)
-        known = {group: origin for group, origin in origins.items() if origin[0] in self.rows}
-        return Calibration(layers, _ScaledRows(self.rows, known), self.info)
-
-
-class _ScaledRows(Mapping[str, Rows]):
-    """Rows times a factor, by group; made anew at each look, so that no second copy stays in memory."""
-
-    def __init__(self, rows: Mapping[str, Rows], origins: Mapping[str, tuple[str, torch.Tensor | None]]) -> None:
-        self._rows, self._origins = rows, origins
-
-    def __getitem__(self, group: str) -> Rows:
-        origin, factor = self._origins[group]
-        sample = self._rows[origin]
-        if factor is None:
-            return sample
-        return replace(sample, rows=(sample.rows.float() * factor).to(sample.rows.dtype))
-
-    def __contains__(self, group: object) -> bool:
-        return group in self._origins
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._origins)
-
-    def __len__(self) -> int:
-        return len(self._origins)
-
-
-def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
-    """Both as if calibrated in one go: means weighted by rows or calls, amax by maximum, rows by their keys.
-
-    CalibQuantError when the two are of different models.
-    """
-    for name in ("architecture", "source_fingerprint"):
-        if a.info.get(name) != b.info.get(name):
-            raise CalibQuantError(
-                f"calibrations of different models cannot be merged: {name} {a.info.get(name)} and {b.info.get(name)}"
-            )
-    layers = {name: _merge_stats(a.layers.get(name), b.layers.get(name)) for name in {**a.layers, **b.layers}}
-    merged = {name: _merge_rows(a, b, name, rows) for name in {**a.rows, **b.rows}}
-    info = {**b.info, **a.info}
-    lists = {name for name, value in a.info.items() if isinstance(value, list) and isinstance(b.info.get(name), list)}
-    info |= {name: a.info[name] + [v for v in b.info[name] if v not in a.info[name]] for name in lists}
-    info["rows"] = rows
-    info["runs"] = a.info.get("runs", []) + b.info.get("runs", [])
-    info["sigmas"] = dict(Counter(a.info.get("sigmas", {})) + Counter(b.info.get("sigmas", {})))
-    for name in ("cond_rows", "uncond_rows"):
-        info[name] = a.info.get(name, 0) + b.info.get(name, 0)
-    return Calibration(layers, merged, info, merge_sensitivities(a.sensitivities, b.sensitivities))
-
-
-def merge_sensitivities(
-    a: Mapping[str, LayerSensitivity], b: Mapping[str, LayerSensitivity]
-) -> dict[str, LayerSensitivity]:
-    both = {name: sensitivity.merge(a[name], b[name]) for name in a if name in b}
-    return {**a, **b, **both}
-
-
-def _merge_stats(a: LayerStats | None, b: LayerStats | None) -> LayerStats:
-    if a is None or b is None:
-        return a or b  # type: ignore[return-value]
-    count, calls = a.count + b.count, a.calls + b.calls
-
-    def by(weight_a: int, weight_b: int, name: str) -> Any:
-        x, y = getattr(a, name), getattr(b, name)
-        if isinstance(x, torch.Tensor):
-            return ((x.double() * weight_a + y.double() * weight_b) / (weight_a + weight_b)).float()
-        return (x * weight_a + y * weight_b) / (weight_a + weight_b)
-
-    means = {name: by(a.count, b.count, name) for name in _VECTORS if name != "input_amax"}
-    means |= {name: by(a.calls, b.calls, name) for name in ("output_mean", "output_sqmean")}
-    return LayerStats(
-        group=a.group, count=count, calls=calls, input_amax=torch.maximum(a.input_amax, b.input_amax), **means
-    )
-
-
-def _merge_rows(a: Calibration, b: Calibration, name: str, capacity: int) -> Rows:
-    """The largest keys of both. Below the smallest key of a sample that had to leave rows out, nothing is known of
-    that one's rows, so none of the other's may stay: they would be too many, if their numbers of rows differ.
-    """
-    samples = [(c.rows[name], c.layers[name].count) for c in (a, b) if name in c.rows]
-    first = len(a.info.get("runs", []))  # b's runs come after a's
-    runs = [
-        np.where(c.rows[name].runs < 0, UNKNOWN, c.rows[name].runs + first * (c is b)) for c in (a, b) if name in c.rows
-    ]
-    keys, of = np.concatenate([sample.keys for sample, _ in samples]), np.concatenate(runs)
-    # A run that was cancelled and then repeated has the same keys again: its rows of before go.
-    keys[(of == UNKNOWN) & np.isin(keys, keys[of != UNKNOWN])] = -1.0
-    floor = max((sample.keys.min() for sample, seen in samples if 0 < len(sample.keys) != seen), default=0.0)
-    order = np.argsort(-keys, kind="stable")[: min(capacity, int((keys >= floor).sum()))]
-    rows = torch.cat([sample.rows for sample, _ in samples])[torch.from_numpy(order)]
-    return Rows(rows, keys[order], of[order].astype(np.int32))
 
 
 def save(calibration: Calibration, path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Write ``*.calibration.safetensors`` (any ``*.safetensors`` name), atomically."""
     tensors: dict[str, torch.Tensor] = {}
     for name, stats in calibration.layers.items():
-        tensors |= {f"{name}.{key}": getattr(stats, key) for key in _VECTORS}
+        tensors |= {f"{name}.{key}": getattr(stats, key) for key in VECTORS}
         tensors |= {f"{name}.{key}": torch.tensor(getattr(stats, key)) for key in ("count", "calls")}
         scalars = ("output_mean", "output_sqmean")
         tensors |= {f"{name}.{key}": torch.tensor(getattr(stats, key), dtype=torch.float64) for key in scalars}
@@ -265,8 +75,11 @@ def _sensitivity_tensors(known: Mapping[str, LayerSensitivity], groups: Mapping[
     return tensors
 
 
-def load(path: str | os.PathLike[str]) -> Calibration:
-    """Read and check a calibration file; CalibQuantError when it is none, or names the layer that is damaged."""
+def load(path: str | os.PathLike[str], leave_rows: bool = False) -> Calibration:
+    """Read and check a calibration file; CalibQuantError when it is none, or names the layer that is damaged.
+
+    leave_rows: checked, but read again when they are looked at; the file must stay as it is.
+    """
     with Checkpoint(path) as file:
         problem, remedy = f"{file.path}: is no calibration of this tool", "calibrate again"
         info = parse_json(file.metadata.get(METADATA_KEY, "null"), problem, remedy)
@@ -280,12 +93,46 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             groups = _check_info(info)
             layers = {name: _load_stats(file, name, group) for name, group in groups.items()}
             runs = len(info.get("runs", []))
-            rows = {name: _load_rows(file, name, layers, runs) for name in sorted(set(groups.values()))}
+            left = RowFile(file) if leave_rows else None
+            rows = {name: _load_rows(file, name, layers, runs, left) for name in sorted(set(groups.values()))}
             known = _load_sensitivities(file, layers)
         except _DamageError as e:
             raise CalibQuantError(f"{problem}: {e}: {remedy}") from e
     sampled = {name: sample for name, sample in rows.items() if sample is not None}
     return Calibration(layers, sampled, info, known)
+
+
+class StoredRows(Rows):
+    """Rows that stay in their file until they are looked at: those of a whole Flux are 6 GB."""
+
+    def __init__(self, file: RowFile, name: str, keys: NDArray[np.float64], runs: NDArray[np.int32]) -> None:
+        for attribute, value in (("_file", file), ("_name", name), ("keys", keys), ("runs", runs)):
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def rows(self) -> torch.Tensor:  # type: ignore[override]
+        return self._file.read(self._name)
+
+
+class RowFile:
+    """A calibration file that was checked, for the rows in it; those that were read last are kept."""
+
+    def __init__(self, file: Checkpoint) -> None:
+        self._file, self._stamp = file, stat_of(file.path)
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def read(self, name: str) -> torch.Tensor:
+        last = self._last
+        if last is None or last[0] != name:
+            self._check()
+            with self._file:
+                self._last = last = name, self._file.read(name)
+        return last[1]
+
+    def _check(self) -> None:
+        now, then = stat_of(self._file.path), self._stamp
+        if now is None or then is None or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise CalibQuantError(f"{self._file.path}: was changed or removed while it was in use: run again")
 
 
 class _DamageError(Exception):
@@ -327,7 +174,7 @@ def _is_number(text: str) -> bool:
 
 
 def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:
-    vectors = {key: _read(file, f"{name}.{key}", "F32", 1) for key in _VECTORS}
+    vectors = {key: _read(file, f"{name}.{key}", "F32", 1) for key in VECTORS}
     count, calls = (int(_read(file, f"{name}.{key}", "I64", 0)) for key in ("count", "calls"))
     mean, sqmean = (float(_read(file, f"{name}.{key}", "F64", 0)) for key in ("output_mean", "output_sqmean"))
     stats = LayerStats(group, count, calls, output_mean=mean, output_sqmean=sqmean, **vectors)
@@ -342,7 +189,9 @@ def _load_stats(file: Checkpoint, name: str, group: str) -> LayerStats:
     return stats
 
 
-def _load_rows(file: Checkpoint, group: str, layers: Mapping[str, LayerStats], runs: int) -> Rows | None:
+def _load_rows(
+    file: Checkpoint, group: str, layers: Mapping[str, LayerStats], runs: int, left: RowFile | None
+) -> Rows | None:
     """The rows that the layers of one group share; None where none were sampled."""
     if f"{group}.rows" not in file.entries:
         return None
@@ -354,12 +203,12 @@ def _load_rows(file: Checkpoint, group: str, layers: Mapping[str, LayerStats], r
             raise _DamageError(
                 f"layer {name}: saw inputs of {len(stats.input_amax)} channels, its rows have {rows.shape[1]}"
             )
-    if f"{group}.row_runs" not in file.entries:
-        return Rows(rows, keys.numpy(), np.full(len(keys), UNKNOWN, np.int32))
-    of = _read(file, f"{group}.row_runs", "I32", 1).numpy()
+    of = np.full(len(keys), UNKNOWN, np.int32)
+    if f"{group}.row_runs" in file.entries:
+        of = _read(file, f"{group}.row_runs", "I32", 1).numpy()
     if len(of) != len(keys) or not ((of >= UNKNOWN) & (of < runs)).all():
         raise _DamageError(f"layer {group}: its rows name runs that are not in the header")
-    return Rows(rows, keys.numpy(), of)
+    return StoredRows(left, f"{group}.rows", keys.numpy(), of) if left else Rows(rows, keys.numpy(), of)
 
 
 def _read(file: Checkpoint, key: str, dtype: str, rank: int) -> torch.Tensor:

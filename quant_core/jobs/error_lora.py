@@ -14,7 +14,8 @@ import torch
 
 from .. import __version__
 from ..errors import CalibQuantError, OptionError
-from ..evidence.calibration import HELD_OUT, Calibration
+from ..evidence.calibration import Calibration
+from ..evidence.statistics import HELD_OUT
 from ..files.checkpoint import COPY_CHUNK, HASH_PLACEHOLDER, Hasher, TensorSpec, Writer
 from ..files.disk import check_output, reason
 from ..files.header import Headers

@@ -21,7 +21,7 @@ from .trial import WITH_BIAS, Trial, Tried, changes, changes_of_inputs, correcte
 
 AUTO = "auto"
 CHOICES = (AUTO, "nearest", "search", "gptq")
-FACTOR_BYTES = 1 << 30  # of Hessians and Cholesky factors kept for layers that share an input
+FACTOR_BYTES = 1 << 29  # of Hessians and Cholesky factors kept for layers that share an input
 # Without activations only NVFP4's block scales are worth searching: weight error -22 %, against 0 for MXFP8 and at
 # most 1.5 % for FP8.
 SEARCH_PAYS = ("nvfp4",)
