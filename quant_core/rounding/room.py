@@ -38,7 +38,9 @@ class Room:
         return f"in {self.parts} parts" if self.parts > 1 else ""
 
 
-def in_room(device: torch.device, attempt: Callable[[Room], Result], drop: Callable[[], None]) -> tuple[Result, Room]:
+def in_room(
+    device: torch.device, attempt: Callable[[Room], Result], drop: Callable[[], None] = lambda: None
+) -> tuple[Result, Room]:
     """The first attempt that does not run out of the device's memory, and where it was made; drop: frees some between.
 
     Other errors are raised at once, as is the CPU's own want of memory.
