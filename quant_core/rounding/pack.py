@@ -102,7 +102,8 @@ def searched(
         flat, rows = own_basis(weight.to(_held(device, parts)), fmt, each), _chunk_rows(weight, fmt)
         amax, energy = _scan(weight, flat, rows, where, each)
         tensor = _moved(_tensor_scale(flat, fmt, amax, per_column, rows, each) if tensor is None else tensor, device)
-        found, errors = zip(*each(search, flat.split(max(1, SEARCHED // flat.shape[1]))), strict=True)
+        at_once = max(1, min(SEARCHED // flat.shape[1], _part_rows(flat, fmt, parts)))
+        found, errors = zip(*each(search, flat.split(at_once)), strict=True)
         return _packed(fmt, join(found), sum(errors), energy)
 
 

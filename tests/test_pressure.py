@@ -1,0 +1,199 @@
+"""Where memory is short and jobs meet: a small GPU is simulated, no card is needed."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from quant_core import jobs
+from quant_core.errors import CalibQuantError
+from quant_core.evidence import calibration
+from quant_core.evidence.calibration import Calibration
+from quant_core.evidence.collector import Collector
+from quant_core.formats import FORMATS
+from quant_core.jobs import quantization
+from quant_core.models.source import Source
+from quant_core.planning import recipes, splitting
+from quant_core.rounding import gptq, pack, room
+from quant_core.rounding.choice import Rounder
+from quant_core.rounding.layerplan import LayerPlan
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+OUT, IN, SEEN = 512, 64, 96  # rows and columns of the weight, sampled rows
+Weight = Callable[[], torch.Tensor]
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A "GPU" that takes tensors of so many elements; what is moved there stays on the CPU."""
+    real = torch.Tensor.to
+
+    def make(elements: int, error: Exception = torch.OutOfMemoryError("CUDA out of memory")) -> None:
+        def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args and isinstance(args[0], torch.device) and args[0].type == "cuda":
+                if self.numel() > elements:
+                    raise error
+                args = CPU, *args[1:]
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, "to", to)
+
+    return make
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def collected() -> Calibration:
+    collector = Collector(lambda _: "", SEEN)
+    for run in ("a", "b"):
+        collector.start_run(run)
+        x = models.correlated(SEEN, IN, len(run))
+        collector.add("layer", x, x @ weight().T)
+        collector.finish_run()
+    return collector.result()
+
+
+# --- the ladder: whole, in parts, on the CPU
+
+
+@pytest.mark.parametrize(
+    ("elements", "fallback"),
+    [(OUT * IN, ""), (OUT * IN // 4, "in 4 parts"), (IN * SEEN, "in 16 parts"), (IN * 16, "on the CPU")],
+)
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8", "float8_e4m3fn", "int8_tensorwise", "asym_w4a8_int8"])
+@pytest.mark.parametrize("rounding", ["nearest", "search", "gptq"])
+def test_a_layer_goes_down_the_ladder_and_loses_nothing(
+    small_gpu: Any, rounding: str, fmt: str, elements: int, fallback: str
+) -> None:
+    """The arithmetic of this "GPU" is the CPU's, so bytes must be the CPU's, too, however small the parts are."""
+    seen, how = collected(), ("layer", LayerPlan(fmt, ""), weight(), "w")
+    wanted = Rounder(CPU, seen, rounding).round(*how)
+    small_gpu(elements)
+    found = Rounder(GPU, seen, rounding).round(*how)
+    assert found.fallback == fallback and wanted.fallback == ""
+    assert found.rounding == wanted.rounding
+    for key, tensor in wanted.packed.tensors.items():
+        assert torch.equal(
+            found.packed.tensors[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
+    assert found.packed.error == pytest.approx(wanted.packed.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("says", ["CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "CUDA error: out of memory"])
+def test_libraries_say_it_in_their_own_words(small_gpu: Any, says: str) -> None:
+    small_gpu(0, RuntimeError(says))
+    assert Rounder(GPU, None, "nearest").round("layer", LayerPlan("nvfp4", ""), weight(), "w").fallback == "on the CPU"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("illegal memory access"), CalibQuantError("w: bad"), MemoryError()])
+def test_other_errors_are_not_swallowed(error: Exception) -> None:
+    tried = []
+
+    def attempt(where: room.Room) -> None:
+        tried.append(where)
+        raise error
+
+    with pytest.raises(type(error)):
+        room.in_room(GPU, attempt)
+    assert len(tried) == 1
+
+
+def test_what_the_gpu_keeps_for_other_layers_is_freed_first(small_gpu: Any) -> None:
+    """A layer that does not fit makes way for itself before it is tried in parts."""
+    small_gpu(OUT * IN)
+    rounder, entry = Rounder(GPU, collected(), "gptq"), LayerPlan("nvfp4", "")
+    rounder.round("layer", entry, weight(), "w")
+    kept = [weakref.ref(factor) for factor in rounder._factors.values()]
+    assert kept and all(ref() for ref in kept)
+    rounder.round("other", entry, torch.cat([weight(), weight()]), "w")
+    assert not any(ref() for ref in kept)
+
+
+def test_the_report_names_the_layers_and_warns_once(
+    small_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, out = models.save(tmp_path / "m.safetensors", models.wan()), [tmp_path / "a.safetensors"]
+    out.append(tmp_path / "b.safetensors")
+    with Source(path) as source:
+        plan = recipes.make_plan(source, "nvfp4")
+        jobs.quantize(source, plan, out[0], device="cpu")
+        sizes = sorted({source.shape(name)[0] * source.shape(name)[1] for name in plan.quantized()})
+        small_gpu(sizes[0])
+        monkeypatch.setattr(quantization, "pick_device", lambda _: GPU)
+        report = jobs.quantize(source, plan, out[1])
+    counts = Counter(layer.fallback for layer in report.layers)
+    assert counts[""] and sum(map(bool, [layer.fallback for layer in report.layers]))
+    warnings = [line for line in report.summary().splitlines() if "GPU's memory" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: ")
+    assert all(fallback in warnings[0] for fallback in counts)
+    assert '"fallback": "in ' in report.to_json()
+    assert out[0].read_bytes() == out[1].read_bytes()
+
+
+def test_ranks_of_a_split_are_found_on_the_cpu_where_the_gpu_is_full(
+    small_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = models.ROOT / "workflows"
+    seen = calibration.load(demo / "calibrations" / "digits.calibration.safetensors")
+    with Source(demo / "models" / "calibquant_digits_wan.safetensors") as source:
+        plan = recipes.sized(source, recipes.make_plan(source, "nvfp4"))
+        wanted = splitting.split(source, plan, seen, "4", device="cpu").ranks()
+        small_gpu(0)
+        monkeypatch.setattr(splitting, "pick_device", lambda _: GPU)
+        assert splitting.split(source, plan, seen, "4").ranks() == wanted
+
+
+# --- how much a layer needs
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive at most, of those made in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: Counter[int] = Counter()
+        self._known: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and self._known.get(id(tensor)) is not tensor:
+                self._known[id(tensor)] = tensor
+                place, nbytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+                self.now += 0 if self._held[place] else nbytes
+                self._held[place] += 1
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor, self._gone, place, nbytes)
+        return made
+
+    def _gone(self, place: int, nbytes: int) -> None:
+        self._held[place] -= 1
+        self.now -= 0 if self._held[place] else nbytes
+
+
+@pytest.mark.parametrize("shape", [(512, 1024), (2048, 512)])
+def test_a_layer_takes_no_more_than_is_asked_for_and_not_much_less(shape: tuple[int, int]) -> None:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows, threads = models.correlated(2 * shape[1], shape[1], 1), torch.get_num_threads()
+    torch.set_num_threads(1)  # else threads that the block does not see do the work
+    try:
+        with Live() as live:
+            factor = gptq.factor(rows.clone())
+            assert isinstance(factor, gptq.Factor)
+            pack.by_gptq(made.clone(), FORMATS["nvfp4"], CPU, "w", factor)
+    finally:
+        torch.set_num_threads(threads)
+    asked = room.needed([shape, (32, 32)], True)
+    assert live.peak <= asked <= 3 * live.peak
