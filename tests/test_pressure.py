@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -37,11 +40,11 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A "GPU" that takes tensors of so many elements; what is moved there stays on the CPU."""
     real = torch.Tensor.to
 
-    def make(elements: int, error: Exception = torch.OutOfMemoryError("CUDA out of memory")) -> None:
+    def make(elements: int, error: Exception | None = None) -> None:
         def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if args and isinstance(args[0], torch.device) and args[0].type == "cuda":
                 if self.numel() > elements:
-                    raise error
+                    raise error or torch.OutOfMemoryError("CUDA out of memory")
                 args = CPU, *args[1:]
             return real(self, *args, **kwargs)
 
@@ -197,3 +200,72 @@ def test_a_layer_takes_no_more_than_is_asked_for_and_not_much_less(shape: tuple[
         torch.set_num_threads(threads)
     asked = room.needed([shape, (32, 32)], True)
     assert live.peak <= asked <= 3 * live.peak
+
+
+# --- ComfyUI is asked for room, and told
+
+
+DEMO = "calibquant_digits_wan.safetensors"
+BITS = {"strategy": "bits", "bits": 6.0, "gpu": "blackwell", "formats": "nvfp4,mxfp8", "weighting": "auto"}
+
+
+@pytest.fixture
+def told(comfy: Path, small_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What ComfyUI's model management was asked and told, with a GPU that has room for all."""
+    management, said = importlib.import_module("comfy.model_management"), []
+    small_gpu(1 << 40)
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(management, "free_memory", lambda nbytes, device: said.append((nbytes, device)))
+    monkeypatch.setattr(management, "soft_empty_cache", lambda: said.append("over"))
+    return said
+
+
+@pytest.fixture
+def nodes_of_pack(comfy: Path) -> dict[str, Any]:
+    nodes = importlib.import_module("nodes")
+    assert asyncio.run(nodes.load_custom_node(str(models.ROOT)))
+    return nodes.NODE_CLASS_MAPPINGS
+
+
+def execute(node: Any, **inputs: Any) -> Any:
+    with torch.inference_mode():
+        return node.PREPARE_CLASS_CLONE(None).EXECUTE_NORMALIZED(**inputs)
+
+
+@pytest.mark.core
+def test_nodes_ask_for_room_before_they_round_and_say_when_it_is_over(
+    nodes_of_pack: dict[str, Any], told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the largest layer, 512 x 128: in Plan's cost table, Save and Refine; also when a job fails."""
+    seen = calibration.load(models.ROOT / "workflows" / "calibrations" / "digits.calibration.safetensors")
+    gpu, linked = torch.device("cuda", 0), SimpleNamespace(current=lambda: seen)
+    largest = room.needed([(512, 128), (128, 512)], True)
+    asked = [(largest, gpu), "over"]
+    strategy = BITS | {"tie": False, "max_slow": 1.0}
+    plan = execute(nodes_of_pack["CalibQuantPlan"], model_name=DEMO, strategy=strategy, calibration=linked).result[0]
+    assert told == asked
+    done = execute(nodes_of_pack["CalibQuantQuantize"], plan=plan, filename_prefix="pressure/m", verify=False)
+    assert told == 2 * asked and not any(layer.fallback for layer in done.result[1].layers)
+    execute(nodes_of_pack["CalibQuantEasy"], model_name=DEMO, card="RTX 50", size=0.0)
+    assert told[4:] == [(room.needed([(512, 128), (128, 512)], False), gpu), "over"]
+    module = importlib.import_module(nodes_of_pack["CalibQuantQuantize"].__module__)
+    monkeypatch.setattr(module.jobs, "quantize", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        execute(nodes_of_pack["CalibQuantQuantize"], plan=plan, filename_prefix="pressure/m", verify=False)
+    assert told[6:] == asked
+
+
+@pytest.mark.core
+def test_where_comfyui_uses_no_gpu_neither_do_the_nodes(
+    nodes_of_pack: dict[str, Any], told: list[Any], monkeypatch: Any
+) -> None:
+    """python main.py --cpu on a machine with a card."""
+    management = importlib.import_module("comfy.model_management")
+    monkeypatch.setattr(management, "get_torch_device", lambda: CPU)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    plan = execute(
+        nodes_of_pack["CalibQuantPlan"], model_name=DEMO, strategy={"strategy": "recipe", "recipe": "nvfp4"}
+    ).result[0]
+    monkeypatch.setattr(quantization, "pick_device", lambda name: pytest.fail(name) if name != "cpu" else CPU)
+    execute(nodes_of_pack["CalibQuantQuantize"], plan=plan, filename_prefix="pressure/cpu", verify=False)
+    assert not told
