@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from ..quant_core.evidence.calibration import Calibration
 from ..quant_core.evidence.collector import Collector
 from ..quant_core.files.text import counted
 from ..quant_core.models.architectures import Architecture
+from .comfyui import folders
 from .comfyui.sampling import SamplingRun
 
 SAVING_SHARE = 10  # a patient recorder works at least this many times as long as its last save took, then saves again
@@ -28,7 +31,8 @@ class CalibrationHandle:
 
 
 class Recorder:
-    """Adds runs up on top of what its file held, and saves after each. There must be one per file only.
+    """Adds runs up on top of what its file held, and saves after each. There must be one per file only: of two servers
+    that share a file each adds to what the other saved, and where they sample at once one goes on in a file beside it.
 
     An observer of ``sampling.observe``. rows: capacity of each input's row sample. patient: may skip a save.
     """
@@ -41,17 +45,18 @@ class Recorder:
         self._before = Calibration()
         self._identity: dict[str, Any] = {}
         self._rows = 0
+        self._stamp = folders.MISSING  # of the file as it was loaded or saved here
         self._forget()
 
     def prepare(self, architecture: Architecture, identity: Mapping[str, Any], rows: int, reset: bool = False) -> None:
         """Continue what this recorder or its file holds, or begin anew. CalibQuantError: it is of another model."""
+        if reset:
+            self._stamp = folders.stamp(self.path)
         before = Calibration() if reset else self._continued(identity, rows)
         if before is None:
             return
-        self._before, self._identity, self._rows = before, dict(identity), rows
-        self._forget()
-        # Seeded by what came before, so that a repeated run does not draw the same rows again.
-        self._collector = Collector(_groups(architecture), rows, seed=len(self._before.info.get("runs", [])))
+        self._identity, self._rows, self._architecture = dict(identity), rows, architecture
+        self._begin(before)
 
     def current(self) -> Calibration:
         """Everything collected so far, by finished runs."""
@@ -70,12 +75,19 @@ class Recorder:
         if not self._unsaved:
             return
         began = time.monotonic()
+        if self._changed():
+            self.path = _beside(self.path)
         calibration.save(self.current(), self.path, overwrite=True)
         self._saved, self._unsaved = time.monotonic(), False
+        self._stamp = folders.stamp(self.path)
         self._cost = self._saved - began
 
     def start(self, run: SamplingRun) -> Collector:
         assert self._collector is not None, "prepare comes first"
+        if not self._unsaved and self._changed():  # all that is collected here is in that file
+            with contextlib.suppress(CalibQuantError):  # of another model, or damaged: it stays as it is
+                self._begin(self._loaded(self._identity))
+                self._saved = time.monotonic()
         self._run = run
         self._collector.start_run(f"{self.labels.get('prompts', '')} seed {run.seed}".strip())
         return self._collector
@@ -100,6 +112,16 @@ class Recorder:
         if self._collector is not None:
             self._collector.drop_run()
 
+    def _begin(self, before: Calibration) -> None:
+        self._before = before
+        self._forget()
+        # Seeded by what came before, so that a repeated run does not draw the same rows again.
+        self._collector = Collector(_groups(self._architecture), self._rows, seed=len(before.info.get("runs", [])))
+
+    def _changed(self) -> bool:
+        """Whether somebody else wrote the file since it was loaded or saved here."""
+        return folders.stamp(self.path) not in (self._stamp, folders.MISSING)
+
     def _forget(self) -> None:
         self._collector: Collector | None = None
         self._info: dict[str, list[Any]] = {}
@@ -112,10 +134,12 @@ class Recorder:
         if self._collector is not None and not deleted:
             self._check(self._identity, identity)
             return None if rows == self._rows else self.current()
-        if not self.path.exists():
-            return Calibration()
-        held = calibration.load(self.path)
+        return self._loaded(identity) if self.path.exists() else Calibration()
+
+    def _loaded(self, identity: Mapping[str, Any]) -> Calibration:
+        stamp, held = folders.stamp(self.path), calibration.load(self.path)
         self._check(held.info, identity)
+        self._stamp = stamp
         return held
 
     def _check(self, held: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -125,6 +149,13 @@ class Recorder:
                 f"{self.path}: holds the calibration of another model ({model}): give another name, or switch reset on "
                 "to replace it"
             )
+
+
+def _beside(path: Path) -> Path:
+    """NAME_2, or the first number that is free."""
+    name = path.name.removesuffix(folders.CALIBRATION_SUFFIX)
+    names = (path.with_name(f"{name}_{number}{folders.CALIBRATION_SUFFIX}") for number in itertools.count(2))
+    return next(free for free in names if not free.exists())
 
 
 def _groups(architecture: Architecture) -> Callable[[str], str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from quant_core.evidence.calibration import Calibration
 from quant_core.evidence.collector import Collector
 from quant_core.formats import FORMATS
 from quant_core.jobs import quantization
+from quant_core.models import architectures
 from quant_core.models.source import Source
 from quant_core.planning import recipes, splitting
 from quant_core.rounding import gptq, pack, room
@@ -200,6 +203,82 @@ def test_a_layer_takes_no_more_than_is_asked_for_and_not_much_less(shape: tuple[
         torch.set_num_threads(threads)
     asked = room.needed([shape, (32, 32)], True)
     assert live.peak <= asked <= 3 * live.peak
+
+
+# --- jobs that meet
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_jobs_for_one_name_both_end_well(overwrite: bool, tmp_path: Path) -> None:
+    """Both have begun before either is done: the file is whole, and who comes second is told unless it may replace."""
+    path, out = models.save(tmp_path / "m.safetensors", models.wan()), tmp_path / "out.safetensors"
+    together, threads = threading.Barrier(2), torch.get_num_threads()
+
+    def job() -> str:
+        with Source(path) as source:
+            plan = recipes.make_plan(source, "nvfp4")
+            wait = lambda _done, _total, text: together.wait(60) if text == "done" else None  # noqa: E731
+            try:
+                jobs.quantize(source, plan, out, overwrite=overwrite, device="cpu", progress=wait)
+            except CalibQuantError as error:
+                return str(error)
+        return ""
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            said = sorted(done.result() for done in [pool.submit(job) for _ in range(2)])
+    finally:
+        torch.set_num_threads(threads)
+    assert said[0] == "" and ("another run made it meanwhile" in said[1]) == (not overwrite)
+    with Source(path) as source:
+        jobs.quantize(source, recipes.make_plan(source, "nvfp4"), tmp_path / "alone.safetensors", device="cpu")
+    assert out.read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.fixture
+def recorders(nodes_of_pack: dict[str, Any], tmp_path: Path) -> list[Any]:
+    """Of two ComfyUI servers that share an output folder, on one file."""
+    calibrate = importlib.import_module(nodes_of_pack["CalibQuantMonitor"].__module__)
+    made = [calibrate.Recorder(tmp_path / "shared.calibration.safetensors") for _ in range(2)]
+    for recorder in made:
+        recorder.prepare(architectures.by_name("wan"), {"architecture": "wan", "source_fingerprint": "f"}, 8)
+    return made
+
+
+def record(recorder: Any, seed: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+    run = SimpleNamespace(seed=seed, steps=1, sampler="euler", cfg=1.0, resolution=[1], patched=0)
+    collector = recorder.start(run)
+    x = models.correlated(4, 16, seed)
+    collector.add("blocks.0.ffn.0", x, x)
+    meanwhile()
+    recorder.finish()
+
+
+def runs_in(path: Path) -> list[str]:
+    held = calibration.load(path)
+    assert held.layers["blocks.0.ffn.0"].count == 4 * len(held.info["runs"])
+    return sorted(held.info["runs"])
+
+
+@pytest.mark.core
+def test_servers_that_take_turns_add_up_in_one_file(recorders: list[Any], tmp_path: Path) -> None:
+    one, other = recorders
+    for seed in (1, 2, 3, 4):
+        record(one if seed % 2 else other, seed)
+    assert runs_in(one.path) == ["seed 1", "seed 2", "seed 3", "seed 4"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.calibration.safetensors"]
+
+
+@pytest.mark.core
+def test_servers_that_sample_at_once_lose_no_run(recorders: list[Any], tmp_path: Path) -> None:
+    """Who saves second goes on in a file of its own."""
+    one, other = recorders
+    record(one, 1, meanwhile=lambda: record(other, 2))
+    record(one, 3)
+    assert runs_in(tmp_path / "shared.calibration.safetensors") == ["seed 2"]
+    assert runs_in(tmp_path / "shared_2.calibration.safetensors") == ["seed 1", "seed 3"]
 
 
 # --- ComfyUI is asked for room, and told
