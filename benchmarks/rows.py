@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where quality.py keeps its calibrations")
     parser.add_argument("--width", type=int, default=2048)
     options = parser.parse_args()
-    print("| inputs | width | layers | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |")
-    print("|---|" + "---|" * (len(RATIOS) + 2))
+    print("| inputs | width | layers | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " | error at 1 |")
+    print("|---|" + "---|" * (len(RATIOS) + 3))
     with tempfile.TemporaryDirectory() as temporary:
         layers = list(load(*calibrate_demo(options.out or Path(temporary))))
     for width in sorted({layer.rows.shape[1] for layer in layers}):
@@ -45,7 +45,7 @@ def show(inputs: str, layers: list[Layer]) -> None:
         if count <= min(len(layer.rows) for layer in layers):
             errors[ratio] = fmean(error(layer, count) for layer in layers)
     cells = [f"{errors[r] / errors[1.0]:.2f}" if r in errors else "" for r in RATIOS]
-    print(f"| {inputs} | {width} | {len(layers)} | " + " | ".join(cells) + f" | ratio 1: {errors[1.0]:.2e}", flush=True)
+    print(f"| {inputs} | {width} | {len(layers)} | " + " | ".join(cells) + f" | {errors[1.0]:.2e} |", flush=True)
 
 
 def error(layer: Layer, count: int) -> float:

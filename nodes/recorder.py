@@ -34,7 +34,8 @@ class Recorder:
     """Adds runs up on top of what its file held, and saves after each. There must be one per file only: of two servers
     that share a file each adds to what the other saved, and where they sample at once one goes on in a file beside it.
 
-    An observer of ``sampling.observe``. rows: capacity of each input's row sample. patient: may skip a save.
+    An observer of ``sampling.observe``. rows: capacity of each input's row sample; memory: GB for more of wide ones.
+    patient: may skip a save.
     """
 
     def __init__(self, path: Path, patient: bool = False, report: Callable[[str], None] | None = None) -> None:
@@ -44,18 +45,25 @@ class Recorder:
         self._patient = patient
         self._before = Calibration()
         self._identity: dict[str, Any] = {}
-        self._rows = 0
+        self._rows = 0, 0  # at least of each input, and the bytes for more of wide ones
         self._stamp = folders.MISSING  # of the file as it was loaded or saved here
         self._forget()
 
-    def prepare(self, architecture: Architecture, identity: Mapping[str, Any], rows: int, reset: bool = False) -> None:
+    def prepare(
+        self,
+        architecture: Architecture,
+        identity: Mapping[str, Any],
+        rows: int,
+        reset: bool = False,
+        memory: float = 0.0,
+    ) -> None:
         """Continue what this recorder or its file holds, or begin anew. CalibQuantError: it is of another model."""
         if reset:
             self._stamp = folders.stamp(self.path)
-        before = Calibration() if reset else self._continued(identity, rows)
+        before = Calibration() if reset else self._continued(identity, (rows, int(memory * 1e9)))
         if before is None:
             return
-        self._identity, self._rows, self._architecture = dict(identity), rows, architecture
+        self._identity, self._rows, self._architecture = dict(identity), (rows, int(memory * 1e9)), architecture
         self._begin(before)
 
     def current(self) -> Calibration:
@@ -63,7 +71,7 @@ class Recorder:
         if self._collector is None:
             return self._before
         collected = self._collector.result({**self._identity, **self._info})
-        return calibration.merge(self._before, collected, self._rows) if self._before.layers else collected
+        return calibration.merge(self._before, collected, self._rows[0]) if self._before.layers else collected
 
     def runs(self) -> int:
         """How many finished."""
@@ -116,7 +124,8 @@ class Recorder:
         self._before = before
         self._forget()
         # Seeded by what came before, so that a repeated run does not draw the same rows again.
-        self._collector = Collector(_groups(self._architecture), self._rows, seed=len(before.info.get("runs", [])))
+        seed, (rows, memory) = len(before.info.get("runs", [])), self._rows
+        self._collector = Collector(_groups(self._architecture), rows, seed, memory)
 
     def _changed(self) -> bool:
         """Whether somebody else wrote the file since it was loaded or saved here."""
@@ -128,7 +137,7 @@ class Recorder:
         self._unsaved = False
         self._saved, self._cost = 0.0, 0.0
 
-    def _continued(self, identity: Mapping[str, Any], rows: int) -> Calibration | None:
+    def _continued(self, identity: Mapping[str, Any], rows: tuple[int, int]) -> Calibration | None:
         """What to build on; None when the collector at hand goes on as it is."""
         deleted = self._saved and not self.path.exists()  # by the user, who wants to begin anew
         if self._collector is not None and not deleted:

@@ -281,10 +281,33 @@ def test_servers_that_sample_at_once_lose_no_run(recorders: list[Any], tmp_path:
     assert runs_in(tmp_path / "shared_2.calibration.safetensors") == ["seed 1", "seed 3"]
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(("gigabytes", "kept"), [(0.0, {128: 20, 512: 20}), (1.0, {128: 96, 512: 96})])
+def test_monitor_keeps_more_rows_of_wide_layers(
+    nodes_of_pack: dict[str, Any], comfy: Path, gigabytes: float, kept: dict[int, int]
+) -> None:
+    """Of the 96 rows that a run of 2 steps on 3 x 16 tokens has; where there is memory, of narrow layers, too."""
+    with torch.inference_mode():
+        model = importlib.import_module("nodes").UNETLoader().load_unet(DEMO, "default")[0]
+    words = {"model": model, "name": f"pressure{gigabytes:g}", "rows": 20, "reset": True, "rows_memory": gigabytes}
+    watched, handle = execute(nodes_of_pack["CalibQuantMonitor"], **words).result
+    positive = execute(nodes_of_pack["CalibQuantLoadPromptSet"], prompt_set=PROMPTS, index=0).result[0]
+    sample, latent = importlib.import_module("comfy.sample"), torch.zeros(1, 16, 3, 8, 8)
+    cond = [[positive[0]["cond"], {}]]
+    with torch.inference_mode():
+        noise = sample.prepare_noise(latent, 1)
+        sample.sample(watched, noise, 2, 1.0, "euler", "simple", cond, cond, latent, seed=1, disable_pbar=True)
+    rows = handle.current().rows
+    assert {rows[f"blocks.0.{name}"].rows.shape for name in ("ffn.0", "ffn.2")} == {
+        (kept[width], width) for width in (128, 512)
+    }
+
+
 # --- ComfyUI is asked for room, and told
 
 
 DEMO = "calibquant_digits_wan.safetensors"
+PROMPTS = "digits.safetensors"
 BITS = {"strategy": "bits", "bits": 6.0, "gpu": "blackwell", "formats": "nvfp4,mxfp8", "weighting": "auto"}
 
 
