@@ -4,7 +4,8 @@
 
 First the demo model's block Linears on real inputs (calibrated on blends of digits, judged on the digits; quality.py
 makes both in --out), then one made-up layer whose inputs are correlated, have loud channels and come in pictures of 256
-rows that are alike. NVFP4, covariance and bias, weights only: ||X W^T - X Q^T||^2 / ||X W^T||^2, relative to ratio 1.
+rows that are alike. NVFP4, covariance and bias: ||X W^T - X' Q^T||^2 / ||X W^T||^2 relative to ratio 1, "weights" with
+exact inputs X' = X, "loaded" with inputs in FP4 (W4A4).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where quality.py keeps its calibrations")
     parser.add_argument("--width", type=int, default=2048)
     options = parser.parse_args()
-    print("| inputs | width | layers | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " | error at 1 |")
-    print("|---|" + "---|" * (len(RATIOS) + 3))
+    print("| inputs | error of | width | layers | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " | error at 1 |")
+    print("|---|" + "---|" * (len(RATIOS) + 4))
     with tempfile.TemporaryDirectory() as temporary:
         layers = list(load(*calibrate_demo(options.out or Path(temporary))))
     for width in sorted({layer.rows.shape[1] for layer in layers}):
@@ -39,20 +40,22 @@ def main() -> None:
 
 
 def show(inputs: str, layers: list[Layer]) -> None:
-    width, errors = layers[0].rows.shape[1], dict[float, float]()
+    width, errors = layers[0].rows.shape[1], dict[float, tuple[float, ...]]()
     for ratio in RATIOS:
         count = round(ratio * width)
         if count <= min(len(layer.rows) for layer in layers):
-            errors[ratio] = fmean(error(layer, count) for layer in layers)
-    cells = [f"{errors[r] / errors[1.0]:.2f}" if r in errors else "" for r in RATIOS]
-    print(f"| {inputs} | {width} | {len(layers)} | " + " | ".join(cells) + f" | {errors[1.0]:.2e} |", flush=True)
+            errors[ratio] = tuple(map(fmean, zip(*(error(layer, count) for layer in layers), strict=True)))
+    for i, name in enumerate(("weights", "loaded")):
+        base = errors[1.0][i]
+        cells = " | ".join(f"{errors[r][i] / base:.2f}" if r in errors else "" for r in RATIOS)
+        print(f"| {inputs} | {name} | {width} | {len(layers)} | {cells} | {base:.2e} |", flush=True)
 
 
-def error(layer: Layer, count: int) -> float:
-    """With ``count`` of the rows, from all over."""
+def error(layer: Layer, count: int) -> tuple[float, float]:
+    """Of weights and as loaded, with ``count`` of the rows, from all over."""
     chosen = torch.randperm(len(layer.rows), generator=torch.Generator().manual_seed(0))[:count]
     few = Layer(layer.weight, layer.rows[chosen], layer.held_out, layer.mean, layer.sqmean, layer.amax)
-    return judge(few, feedback(centered=True, rows=ROWS)(few))[0]
+    return judge(few, feedback(centered=True, rows=ROWS)(few))
 
 
 def made_up(width: int, picture: int | None) -> Layer:

@@ -44,7 +44,8 @@ def _memory_input() -> io.Float.Input:
         optional=True,
         advanced=True,
         tooltip="GB that all rows together may take so that wide layers keep more, up to as many as they have inputs. "
-        "0: all keep the same. From a quarter of that to all of it GPTQ's error falls by a sixth to a half.",
+        "0: all keep the same. GPTQ's weights err a sixth to a half less than with a quarter of that; it does not help "
+        "where inputs are rounded to 4 bit.",
     )
 
 
