@@ -16,8 +16,7 @@ from ..quant_core.planning.costs import CostTable
 from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
 from ..quant_core.reports.plan_map import Priced
-from ..quant_core.rounding.pack import pick_device
-from .comfyui import feedback, patches
+from .comfyui import feedback, patches, vram
 
 THIS_MACHINE, DEFAULT = "this machine", "auto"
 _latest: list[CostTable] = []  # at most one: another size asks for no new measurement
@@ -121,5 +120,6 @@ def table_of(
         assert probe is not None
         return costs.guess(source, probe, how)
     if not (_latest and _latest[0].made_with == how):
-        _latest[:] = [costs.measure(source, seen, how, pick_device("auto"), progress=progress)]
+        with vram.rounding(source, source.layers, True) as device:
+            _latest[:] = [costs.measure(source, seen, how, device, progress=progress)]
     return _latest[0]

@@ -19,7 +19,7 @@ from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
 from ..quant_core.reports.report import Report
 from . import budgets
-from .comfyui import feedback, folders, patches, written
+from .comfyui import feedback, folders, patches, vram, written
 from .probe import probe_path
 from .quantize import about_model, counting_layers, words_and_data
 from .recorder import CalibrationHandle
@@ -132,7 +132,10 @@ class CalibQuantEasy(io.ComfyNode):
                 output, loader_name = folders.output_path(_prefix(source, row), name)
                 bars = counting_layers(cls.hidden.unique_id, plan, output.name, bar(1), bar(2))
                 words = {"merge": merge, "merged": digest, "calibration": seen, "rounding": ROUNDING}
-                report = jobs.quantize(source, plan, output, **words, verify=True, progress=bars)
+                with vram.rounding(source, plan.quantized(), seen is not None) as device:
+                    report = jobs.quantize(
+                        source, plan, output, **words, device=str(device), verify=True, progress=bars
+                    )
             else:
                 output, loader_name = there, str(there.relative_to(root))
                 watch = feedback.counting(cls.hidden.unique_id, f"measuring {there.name}, which is there", bar(1))

@@ -29,7 +29,7 @@ from ..quant_core.planning import edits as by_hand
 from ..quant_core.planning.plan import Plan
 from ..quant_core.reports import plan_map, planned
 from . import budgets
-from .comfyui import feedback, folders, patches
+from .comfyui import feedback, folders, patches, vram
 from .probe import chosen, percentile_inputs, probe_path
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ProbeType
@@ -305,7 +305,8 @@ def _smoothed(source: Source, plan: Plan, seen: Calibration | None) -> Plan:
 def _split(source: Source, plan: Plan, seen: Calibration | None, wanted: str) -> Plan:
     if seen is None:
         raise CalibQuantError(f"{source.path}: a split needs a calibration: link one, or leave split empty")
-    return splitting.split(source, plan, seen, wanted, feedback.progress()(0))
+    with vram.rounding(source, plan.quantized(), True) as device:
+        return splitting.split(source, plan, seen, wanted, feedback.progress()(0), str(device))
 
 
 def _probed(source: Source) -> Probe:

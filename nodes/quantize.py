@@ -16,7 +16,7 @@ from ..quant_core.planning.plan import Plan
 from ..quant_core.progress import Progress
 from ..quant_core.reports.report import Report
 from ..quant_core.rounding.choice import CHOICES
-from .comfyui import feedback, folders, patches, written
+from .comfyui import feedback, folders, patches, vram, written
 from .recorder import CalibrationHandle
 from .types import CATEGORY, CalibrationType, PlanType, ReportType
 
@@ -130,18 +130,22 @@ class CalibQuantQuantize(io.ComfyNode):
             seen = current() if current else None
             if seen is not None:
                 recipes.check_calibration(source, seen)
-            report = jobs.quantize(
-                source,
-                plan,
-                output,
-                merge=merge,
-                merged=digest,
-                calibration=seen,
-                rounding=rounding,
-                verify=verify,
-                lora_output=branch[0][0] if branch else None,
-                progress=counting_layers(cls.hidden.unique_id, plan, output.name, *map(feedback.progress(2), (0, 1))),
-            )
+            with vram.rounding(source, plan.quantized(), seen is not None) as device:
+                report = jobs.quantize(
+                    source,
+                    plan,
+                    output,
+                    merge=merge,
+                    merged=digest,
+                    calibration=seen,
+                    rounding=rounding,
+                    device=str(device),
+                    verify=verify,
+                    lora_output=branch[0][0] if branch else None,
+                    progress=counting_layers(
+                        cls.hidden.unique_id, plan, output.name, *map(feedback.progress(2), (0, 1))
+                    ),
+                )
         written.remember(cls.hidden.unique_id, output, *(path for path, _ in branch))
         lora_name = branch[0][1] if branch else ""
         lines = [loader_name, report.summary(), *told, *about_model(model, merge)]

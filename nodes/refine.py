@@ -19,7 +19,6 @@ from ..quant_core.planning.refine import Entries, Refined
 from ..quant_core.reports import planned
 from ..quant_core.rounding.choice import AUTO, Rounder
 from ..quant_core.rounding.loaded import Shelf
-from ..quant_core.rounding.pack import pick_device
 from .calibrate import (
     SWITCH,
     check_negative,
@@ -30,7 +29,7 @@ from .calibrate import (
     sample_all,
     sampling_inputs,
 )
-from .comfyui import emulation, feedback, patches, sampling
+from .comfyui import emulation, feedback, patches, sampling, vram
 from .comfyui.sampling import SamplerSettings
 from .types import CATEGORY, PlanType
 
@@ -118,7 +117,7 @@ def _sampler(
     seen = plan.seen() if plan.seen else None
     if seen is not None:
         recipes.check_calibration(source, seen)
-    rounder = Rounder(pick_device("auto"), seen, AUTO, source.short)
+    rounder = Rounder(vram.device(), seen, AUTO, source.short)
     read = lambda layer: _read(source, layer, merge)  # noqa: E731
     shelf = Shelf(rounder, read, str(source.path), lambda entry: targets.rounds_inputs(entry, plan.gpu))
 
@@ -126,7 +125,8 @@ def _sampler(
         if not entries:
             return draw(model, what)
         feedback.show(node_id, f"rounding {what}")
-        layers = shelf.layers(entries, feedback.progress()(0))
+        with vram.rounding(source, entries, seen is not None):
+            layers = shelf.layers(entries, feedback.progress()(0))
         return draw(emulation.with_layers(model, {source.short(n): x for n, x in layers.items()}), what)
 
     return sample

@@ -11,6 +11,8 @@ import models
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from quant_core.errors import CalibQuantError
@@ -40,8 +42,11 @@ def calls(run: str, dtype: torch.dtype = torch.float32) -> list[tuple[str, torch
     return made
 
 
-def collect(runs: list[str], rows: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -> Calibration:
-    collector = Collector(group_of, rows, seed)
+def collect(
+    runs: list[str], rows: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, memory: int = 0
+) -> Calibration:
+    collector = Collector(group_of, rows, seed, memory)
+    collector.expect({name: width for name, (width, _) in LAYERS.items()})
     for run in runs:
         collector.start_run(run)
         for i, call in enumerate(calls(run, dtype)):
@@ -114,6 +119,40 @@ def test_merging_equals_calibrating_in_one_go() -> None:
     foreign = Calibration({}, {}, {"architecture": "other"})
     with pytest.raises(CalibQuantError, match="different models"):
         calibration.merge(parts[0], foreign)
+
+
+HALF = 2 * (24 * 12 + 16 * 8)  # bytes in bfloat16 of half as many rows as a.q and b.ffn are wide
+
+
+@pytest.mark.parametrize(
+    ("memory", "kept"), [(0, (4, 4)), (100, (4, 4)), (HALF, (12, 8)), (HALF + 24, (12, 8)), (1 << 20, (24, 16))]
+)
+def test_wide_layers_keep_more_rows_as_far_as_memory_goes(memory: int, kept: tuple[int, int]) -> None:
+    """Never fewer than asked for; in one go as in parts; a uniform sample, so that of fewer is the first of more."""
+    one, parts = collect(RUNS, 4, memory=memory), [collect([run], 4, memory=memory) for run in RUNS]
+    everything = collect(RUNS, 64)
+    for found in (one, calibration.merge(*parts, 4), calibration.merge(*reversed(parts), 4)):
+        for name, count in zip(("a.q", "b.ffn"), kept, strict=True):
+            assert sorted(found.rows[name].keys) == sorted(everything.rows[name].keys)[-count:]
+        assert found.info.get("rows_memory", 0) == memory and found.layers["a.q"].count == one.layers["a.q"].count
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(1, 20_000), min_size=1, max_size=8),
+    st.integers(0, 4096),
+    st.integers(0, 10**10),
+)
+def test_memory_is_shared_out_by_width_and_used_up(widths: dict[str, int], rows: int, memory: int) -> None:
+    found = calibration.capacities(widths, rows, memory)
+    assert all(rows <= found[name] <= max(rows, width) for name, width in widths.items())
+    spent = sum(2 * width * found[name] for name, width in widths.items())
+    more = {name: width for name, width in widths.items() if found[name] > rows}
+    assert spent <= memory or not more
+    if any(found[name] < width for name, width in widths.items()):  # one row more of each would not fit
+        grown = sum(2 * width * (found[name] + (found[name] < width)) for name, width in widths.items())
+        assert grown > memory - 2e-6 * sum(2 * width**2 for width in widths.values())
+    shares = [found[name] / width for name, width in more.items() if width > 1000]
+    assert not shares or max(shares) - min(shares) < 2e-3
 
 
 def test_rows_know_their_run() -> None:

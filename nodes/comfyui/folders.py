@@ -21,6 +21,7 @@ PROMPT_SETS = "calibquant_promptsets"
 CALIBRATIONS = "calibquant_calibrations"
 GGUF = "calibquant_gguf"  # the same folders as diffusion_models, whose own list leaves .gguf files out
 CALIBRATION_SUFFIX = ".calibration.safetensors"
+MISSING = "missing"  # the stamp of a file that is not there
 VARIED_PROMPTS = PACK / "workflows" / "prompts" / "varied.txt"
 HELD_OUT_PROMPTS = PACK / "workflows" / "prompts" / "held_out.txt"
 MAX_NAME = 200  # bytes of each part of a path; file systems take 255, numbers and suffixes need some
@@ -147,7 +148,7 @@ def _stamp_of(path_of: Callable[[str], Path], name: str) -> str:
     try:
         return stamp(path_of(name))
     except CalibQuantError:
-        return "missing"
+        return MISSING
 
 
 def stamp(path: Path) -> str:

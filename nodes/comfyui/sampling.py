@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...quant_core.errors import CalibQuantError
 from ...quant_core.evidence.collector import Collector
-from ...quant_core.evidence.watch import watch
+from ...quant_core.evidence.watch import linears, watch
 from . import feedback
 
 _WRAPPER = "calibquant"
@@ -65,6 +65,8 @@ def _around_sampling(observer: Observer, collectors: list[Collector]) -> Callabl
         collectors.append(observer.start(_describe_run(executor, args, kwargs)))
         try:
             others = [each.model.diffusion_model for each in patcher.get_additional_models_with_key("multigpu")]
+            layers = linears(patcher.model.diffusion_model)
+            collectors[-1].expect({name: layer.in_features for name, layer in layers})
             with feedback.in_node_words():  # the sampler's node is not one of ours
                 with watch(patcher.model.diffusion_model, collectors[-1], *others):
                     result = executor(*args, **kwargs)

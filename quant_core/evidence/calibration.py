@@ -28,11 +28,22 @@ from ..files.checkpoint import Checkpoint, TensorSpec, Writer
 from ..files.disk import stat_of
 from ..files.text import counted, parse_json
 from .sensitivity import LayerSensitivity
-from .statistics import ROWS, UNKNOWN, VECTORS, Calibration, LayerStats, Rows, merge, merge_sensitivities
+from .statistics import (
+    ROWS,
+    ROWS_MEMORY,
+    UNKNOWN,
+    VECTORS,
+    Calibration,
+    LayerStats,
+    Rows,
+    capacities,
+    merge,
+    merge_sensitivities,
+)
 
 __all__ = [
-    "POINTS", "ROWS", "UNKNOWN", "Calibration", "LayerStats", "Rows", "describe", "load", "merge",
-    "merge_sensitivities", "outlier_ratio", "save",
+    "POINTS", "ROWS", "ROWS_MEMORY", "UNKNOWN", "Calibration", "LayerStats", "Rows", "capacities", "describe", "load",
+    "merge", "merge_sensitivities", "outlier_ratio", "save",
 ]  # fmt: skip
 
 FORMAT_VERSION = 4  # 1 had no input_mean, 2 no row_runs, 3 no sensitivities
@@ -141,7 +152,7 @@ class _DamageError(Exception):
 
 # What the header says beside the groups: name -> kind. All may be missing; what else is there is carried along.
 _INFO = {
-    "architecture": str, "source_file": str, "source_fingerprint": str, "rows": int, "cond_rows": int,
+    "architecture": str, "source_file": str, "source_fingerprint": str, "rows": int, ROWS_MEMORY: int, "cond_rows": int,
     "uncond_rows": int, "runs": list, "sigmas": dict, POINTS: list,
 }  # fmt: skip
 

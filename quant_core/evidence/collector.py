@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from ..errors import CalibQuantError
-from .calibration import FORMAT_VERSION, ROWS, UNKNOWN, Calibration, LayerStats, Rows
+from .calibration import FORMAT_VERSION, ROWS, ROWS_MEMORY, UNKNOWN, Calibration, LayerStats, Rows, capacities
 
 CACHED = 1 << 16  # elements that a CPU sums at once: they stay in its cache (norms take 3 to 10 times as long there)
 PENDING = 256 << 20  # bytes of sampled rows, of all groups together, that may wait on the device to be moved
@@ -30,10 +30,12 @@ class Collector:
     the same result on any device.
 
     group_of: layer -> id of the group of layers that see the same tensor ("" or the layer itself: alone).
+    memory: bytes, for more than ``rows`` of wide layers (``capacities``), of those that were told to ``expect``.
     """
 
-    def __init__(self, group_of: Callable[[str], str], rows: int = ROWS, seed: int = 0) -> None:
-        self._group_of, self._capacity, self._seed = group_of, rows, seed
+    def __init__(self, group_of: Callable[[str], str], rows: int = ROWS, seed: int = 0, memory: int = 0) -> None:
+        self._group_of, self._capacity, self._seed, self._memory = group_of, rows, seed, memory
+        self._wide: dict[str, int] = {}  # group -> rows
         self._leaders: dict[str, str] = {}
         self._running: dict[tuple[str, torch.device], _Sums] = {}  # several GPUs may share a run
         self._total: dict[str, _Sums] = {}
@@ -44,6 +46,13 @@ class Collector:
         self._step = 0
         self._pending = 0  # bytes
         self.info: dict[str, Any] = {"rows": rows, "runs": [], "sigmas": {}, "cond_rows": 0, "uncond_rows": 0}
+        self.info |= {ROWS_MEMORY: memory} if memory else {}
+
+    def expect(self, widths: Mapping[str, int]) -> None:
+        """The model's layers with their numbers of inputs, before the first run."""
+        if self._memory and not self._wide:
+            groups = {self._group_of(layer) or layer: width for layer, width in widths.items()}
+            self._wide = capacities(groups, self._capacity, self._memory)
 
     def start_run(self, name: str) -> None:
         """Begin one sampling run. Equal names give equal random rows, so name seed and prompt."""
@@ -114,7 +123,8 @@ class Collector:
 
     def _reservoir(self, layer: str, x: torch.Tensor) -> _Reservoir:
         if layer not in self._reservoirs:
-            self._reservoirs[layer] = _Reservoir(self._capacity, x.shape[1])
+            capacity = self._wide.get(self._group_of(layer) or layer, self._capacity)
+            self._reservoirs[layer] = _Reservoir(capacity, x.shape[1])
         reservoir = self._reservoirs[layer]
         entropy = (self._seed, zlib.crc32(layer.encode()), zlib.crc32(self._run.encode()))
         reservoir.start(self._run, len(self.info["runs"]), entropy)

@@ -22,6 +22,7 @@ from . import sensitivity
 from .sensitivity import LayerSensitivity
 
 ROWS = 2048  # of input per group
+ROWS_MEMORY = "rows_memory"  # in info: bytes that rows of wide layers may take beyond that; see capacities
 HELD_OUT = 5  # one run in so many is set aside
 UNKNOWN = -1  # the run of a row that a file of version 2 or an unfinished run left
 
@@ -150,6 +151,27 @@ class _ScaledRows(Mapping[str, Rows]):
         return len(self._origins)
 
 
+def capacities(widths: Mapping[str, int], rows: int, memory: int) -> dict[str, int]:
+    """How many input rows each group of layers keeps: ``rows``; with ``memory`` (bytes, of all groups together) up to
+    as many as it is wide, all wide ones the same share of their width.
+
+    GPTQ gains by rows up to the width and little beyond (``benchmarks/rows.py``), and so many in bfloat16 take half
+    the room of the float32 matrix E[x x^T]. Unlike that they know the run they are from, so that some can judge.
+    """
+    wide = np.array(list(widths.values()), np.float64)
+
+    def kept(share: float) -> NDArray[np.float64]:
+        return np.maximum(rows, np.floor(share * wide))
+
+    def fit(share: float) -> bool:
+        return bool(2 * (wide * kept(share)).sum() <= memory)
+
+    share, step = (1.0, 0.0) if fit(1.0) else (0.0, 0.5)
+    while step > 1e-6:
+        share, step = share + step * fit(share + step), step / 2
+    return {name: int(count) for name, count in zip(widths, kept(share), strict=True)}
+
+
 def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
     """Both as if calibrated in one go: means weighted by rows or calls, amax by maximum, rows by their keys.
 
@@ -161,11 +183,13 @@ def merge(a: Calibration, b: Calibration, rows: int = ROWS) -> Calibration:
                 f"calibrations of different models cannot be merged: {name} {a.info.get(name)} and {b.info.get(name)}"
             )
     layers = {name: _merge_stats(a.layers.get(name), b.layers.get(name)) for name in {**a.layers, **b.layers}}
-    merged = {name: _merge_rows(a, b, name, rows) for name in {**a.rows, **b.rows}}
+    memory = max(c.info.get(ROWS_MEMORY, 0) for c in (a, b))
+    room = capacities({name: len(layers[name].input_amax) for name in {**a.rows, **b.rows}}, rows, memory)
+    merged = {name: _merge_rows(a, b, name, capacity) for name, capacity in room.items()}
     info = {**b.info, **a.info}
     lists = {name for name, value in a.info.items() if isinstance(value, list) and isinstance(b.info.get(name), list)}
     info |= {name: a.info[name] + [v for v in b.info[name] if v not in a.info[name]] for name in lists}
-    info["rows"] = rows
+    info |= {"rows": rows, **({ROWS_MEMORY: memory} if memory else {})}
     info["runs"] = a.info.get("runs", []) + b.info.get("runs", [])
     info["sigmas"] = dict(Counter(a.info.get("sigmas", {})) + Counter(b.info.get("sigmas", {})))
     for name in ("cond_rows", "uncond_rows"):

@@ -268,6 +268,7 @@ def _round(
         done.held_out,
         entry.rank,
         done.unsplit_error,
+        done.fallback,
     )
     stored = {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
     if bias is not None:

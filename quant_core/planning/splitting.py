@@ -25,6 +25,7 @@ from ..rounding import smoothing
 from ..rounding.judge import as_loaded
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
+from ..rounding.room import Room, in_room
 from ..rounding.split import WITHOUT, spectrum
 from . import folds
 from .layout import branch_size
@@ -45,7 +46,14 @@ def amount(text: str) -> tuple[float, float]:
     return (0.0, value / 100) if text.strip().endswith("%") else (value, 0.0)
 
 
-def split(source: Source, plan: Plan, calibration: Calibration, wanted: str, progress: Progress | None = None) -> Plan:
+def split(
+    source: Source,
+    plan: Plan,
+    calibration: Calibration,
+    wanted: str,
+    progress: Progress | None = None,
+    device: str = "auto",
+) -> Plan:
     """The plan with a rank for the branch of every layer that gains by one, ``wanted`` (``amount``) in all.
 
     Layers whose inputs are not quantized or were not sampled get none, nor does INT8. Reads every other layer once.
@@ -57,11 +65,11 @@ def split(source: Source, plan: Plan, calibration: Calibration, wanted: str, pro
     if any(entry.pre_quant_scale for entry in plan.layers.values()):
         raise OptionError(f"a split and {smoothing.KEY} do not go together: leave one of them off")
     able = [layer for layer, entry in plan.layers.items() if may_have_branch(source, layer, entry, calibration)]
-    gains = {}
+    gains, where = {}, pick_device(device)
     for i, layer in enumerate(able):
         if progress:
             progress(i, len(able), layer)
-        gains[layer] = _gains(source, layer, plan.layers[layer], calibration, merge)
+        gains[layer] = _gains(source, layer, plan.layers[layer], calibration, merge, where)
     costs = {layer: rank_bytes(source.shape(layer)) for layer in able}
     total = share * sized(source, plan).size if share else rank * sum(costs.values())
     ranks = ranked(gains, costs, int(total))
@@ -113,13 +121,19 @@ def may_have_branch(source: Source, layer: str, entry: LayerPlan, calibration: C
     return quantized and seen is not None and len(source.shape(layer)) == 2 and seen.group in calibration.rows
 
 
-def _gains(source: Source, layer: str, entry: LayerPlan, calibration: Calibration, merge: Merge) -> torch.Tensor:
+def _gains(
+    source: Source, layer: str, entry: LayerPlan, calibration: Calibration, merge: Merge, device: torch.device
+) -> torch.Tensor:
     """What each rank of this layer takes off, up to half of what there is."""
-    device, weight = pick_device("auto"), folding.merged(source.load(layer), f"{layer}.weight", merge)
+    weight = folding.merged(source.load(layer), f"{layer}.weight", merge)
     refuse_damaged(weight, f"{source.path}: layer {layer}")
     rows = calibration.rows_of(source.short(layer)).float()
     fed = as_loaded(FORMATS[entry.format], rows, entry)
-    found = spectrum(weight.to(device), rows.to(device), fed.to(device)).cpu()
+
+    def on(room: Room) -> torch.Tensor:
+        return spectrum(*(tensor.to(room.device) for tensor in (weight, rows, fed))).cpu()
+
+    found, _ = in_room(device, on)
     return found[: max(1, min(len(found), weight.shape[1]) // 2)]
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-from ..files.text import change_of_size, gigabytes
+from ..files.text import change_of_size, counted, gigabytes
 from ..formats import FORMATS, SOURCE, title
 from ..planning import folds as folding
 from ..planning.folds import Fold
@@ -36,6 +36,7 @@ class LayerReport:
     held_out: int = 0  # runs, unseen by GPTQ, that output errors were measured on; 0: in-sample
     rank: int = 0  # of the branch
     unsplit_error: float | None = None  # loader_error without the branch
+    fallback: str = ""  # what was done for want of GPU memory: in parts, on the CPU
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,12 @@ class Report(Compared):
         if worst:
             lines.append(f"worst layer: {worst.name} ({title(worst.format)}), relative weight error {worst.error:.2e}")
         measured = [*self._rounding(), *self._compromises(), *self._gains(), *folding.summary(self.folds)]
-        return "\n".join([*lines, *self.words, *self._split(), *measured])
+        return "\n".join([*lines, *self._fallbacks(), *self.words, *self._split(), *measured])
+
+    def _fallbacks(self) -> list[str]:
+        counts = Counter(layer.fallback for layer in self.layers if layer.fallback)
+        how = ", ".join(f"{counted(n, 'layer')} {fallback}" for fallback, n in counts.items())
+        return [f"warning: the GPU's memory ran out: rounded {how} (same errors, not the same bits)"] if how else []
 
     def _split(self) -> list[str]:
         """How to load a file that is wrong by itself."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ..errors import CalibQuantError, OptionError
 from ..evidence.calibration import Calibration, LayerStats
-from ..formats import FileTensors, turn
+from ..formats import FileTensors, Format, turn
 from . import gptq, hswq, smoothing, split
 from .judge import Judge, as_loaded
 from .layerplan import LayerPlan
 from .pack import Packed, by_gptq, nearest, refuse_damaged, searched, shared_scale, squared_distance, squared_norm
 from .parallel import one_thread
+from .room import CPU, Room, in_room
 from .task import Inputs, Task
 from .trial import WITH_BIAS, Trial, Tried, changes, changes_of_inputs, corrected, judge, judged_outputs
 
@@ -37,6 +40,7 @@ class Rounded:
     held_out: the number of runs, unseen by GPTQ, that these errors were measured on; 0: on what it was fitted to.
     branch: what was split off before rounding; errors are those of the two together, relative to the whole layer.
     unsplit_error: loader_error without the branch.
+    fallback: what was done for want of GPU memory (``room``).
     """
 
     packed: Packed
@@ -50,6 +54,7 @@ class Rounded:
     held_out: int = 0
     branch: split.Branch | None = None
     unsplit_error: float | None = None
+    fallback: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,25 @@ class _Choice:
 
 # Layer, whether its held-out inputs count too -> what GPTQ needs, or why there is none
 _FactorOf = Callable[[Task, bool], gptq.Factor | str]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _on_ladder(method: Method) -> Method:
+    """A Rounder's method: where the GPU's memory runs out tried again in parts, then on the CPU."""
+
+    @wraps(method)
+    def tried(self: Rounder, *args: Any, **kwargs: Any) -> Any:
+        def attempt(room: Room) -> Any:
+            self._room = room
+            return method(self, *args, **kwargs)
+
+        done, room = in_room(self._device, attempt, self._forget_device)
+        fallback = room.fallback(self._device)
+        return replace(done, fallback=fallback) if fallback and isinstance(done, Rounded) else done
+
+    return cast("Method", tried)
 
 
 class Rounder:
@@ -85,8 +109,10 @@ class Rounder:
         if rounding == "gptq" and calibration is None:
             raise OptionError("rounding gptq needs a calibration: give one, or use search or nearest")
         self._device, self._calibration, self._rounding, self._short = device, calibration, rounding, short
-        self._factors: OrderedDict[tuple[str, int, bool, bool], gptq.Factor | str] = OrderedDict()
+        self._room = Room(device)  # of the layer at hand
+        self._factors: OrderedDict[tuple[str, int, bool, bool, torch.device], gptq.Factor | str] = OrderedDict()
 
+    @_on_ladder
     @one_thread()
     def round(
         self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str, bias: torch.Tensor | None = None
@@ -103,11 +129,12 @@ class Rounder:
         if entry.pre_quant_scale:
             return self._smoothed(task)
         if weight.dim() != 2 or self._rounding == "nearest":
-            return Rounded(nearest(weight, task.fmt, self._device, where), "nearest")
+            return Rounded(self._nearest(task), "nearest")
         if task.inputs is None:
             return self._without_inputs(task)
         return self._best(task, self._shared_factor)
 
+    @_on_ladder
     @one_thread()
     def trial(
         self,
@@ -140,6 +167,7 @@ class Rounder:
             lambda rows: changes_of_inputs(task, rows.float()),
         )
 
+    @_on_ladder
     @one_thread()
     def branch(self, layer: str, entry: LayerPlan, weight: torch.Tensor, where: str) -> split.Branch:
         """Of the planned rank, for a ``trial``: fitted to other runs than those that judge it."""
@@ -190,28 +218,34 @@ class Rounder:
             return Rounded(packed, tried.best, choice.note)
         return Rounded(packed, tried.best, choice.note, tried.errors, tried.loader, bias=bias, held_out=inputs.runs)
 
+    def _how(self, task: Task) -> tuple[torch.Tensor, Format, torch.device, str]:
+        return task.weight, task.fmt, self._room.device, task.where
+
+    def _nearest(self, task: Task, scale: torch.Tensor | None = None) -> Packed:
+        return nearest(*self._how(task), scale, self._room.parts)
+
     def _pack(self, task: Task, how: str, factor: gptq.Factor | str) -> Packed:
         if how == "nearest":
-            return nearest(task.weight, task.fmt, self._device, task.where)
+            return self._nearest(task)
         if how == "search":
             importance = task.importance() if task.inputs else None
-            return searched(task.weight, task.fmt, self._device, task.where, importance)
+            return searched(*self._how(task), importance, parts=self._room.parts)
         assert isinstance(factor, gptq.Factor)
-        return by_gptq(task.weight, task.fmt, self._device, task.where, factor)
+        return by_gptq(*self._how(task), factor, parts=self._room.parts)
 
     def _try(self, task: Task, factor: gptq.Factor | str) -> Tried:
         """Every way that is asked for and possible, on JUDGED_OUTPUTS of the outputs: to the bit what the whole has."""
         fmt, outputs = task.fmt, judged_outputs(len(task.weight))
         part = task.part(outputs)
-        how = part.weight, fmt, self._device, task.where
-        own = shared_scale(task.weight, fmt, self._device, task.where)
-        packed = {"nearest": nearest(*how, own)}
+        how, parts = self._how(part), self._room.parts
+        own = shared_scale(*self._how(task), parts=parts)
+        packed = {"nearest": self._nearest(part, own)}
         if self._rounding != "nearest":
             importance = task.importance() if task.inputs else None
-            scale = own if fmt.group else shared_scale(task.weight, fmt, self._device, task.where, importance)
-            packed["search"] = searched(*how, importance, scale)
+            scale = own if fmt.group else shared_scale(*self._how(task), importance, parts)
+            packed["search"] = searched(*how, importance, scale, parts)
         if isinstance(factor, gptq.Factor):
-            packed["gptq"] = by_gptq(*how, factor, own)
+            packed["gptq"] = by_gptq(*how, factor, own, parts)
         decoded = {name: part.decode(candidate) for name, candidate in packed.items()}
         return Tried(part, outputs, packed, decoded, *judge(part, decoded))
 
@@ -236,7 +270,7 @@ class Rounder:
     def _branch(self, task: Task, rows: torch.Tensor) -> split.Branch:
         rows = rows.float()
         fed = as_loaded(task.fmt, rows, task.entry)
-        device = self._device
+        device = self._room.device
         return split.branch(task.weight.to(device), rows.to(device), fed.to(device), task.entry.rank)
 
     def _smoothed(self, task: Task) -> Rounded:
@@ -250,7 +284,8 @@ class Rounder:
         for alpha in smoothing.ALPHAS:
             scale = smoothing.pre_quant_scale(task.weight, task.inputs.stats.input_absmean, alpha)
             stretched = _stretched(task, scale.float())
-            packed = searched(stretched.weight, task.fmt, self._device, task.where, stretched.inputs.stats.input_sqmean)
+            importance = stretched.inputs.stats.input_sqmean
+            packed = searched(*self._how(stretched), importance, parts=self._room.parts)
             judge = Judge(stretched.weight, stretched.inputs.fitted)
             fed = as_loaded(task.fmt, judge.rows, stretched.entry)
             tried[alpha] = judge.error(task.decode(packed), rows=fed), scale, stretched
@@ -268,14 +303,14 @@ class Rounder:
     def _hswq(self, task: Task) -> Rounded:
         if task.inputs is None:
             raise CalibQuantError(f"{task.where}: rounding hswq needs a calibration of this layer: give one")
-        plain = nearest(task.weight, task.fmt, self._device, task.where)  # raises the one error for NaN and Inf
+        plain = self._nearest(task)  # raises the one error for NaN and Inf
         found = hswq.histogram(task.weight, task.inputs.stats.input_absmean)
         gains = asdict(hswq.gains(found))
         if task.fmt.config(tuple(task.weight.shape)) is None:
             return Rounded(plain, "nearest", gains=gains)
         amax = hswq.search(found)[0]
         scale = torch.tensor(amax / hswq.TOP if amax else 1.0)
-        return Rounded(nearest(task.weight, task.fmt, self._device, task.where, scale), "hswq", gains=gains)
+        return Rounded(self._nearest(task, scale), "hswq", gains=gains)
 
     def _inputs(self, seen: LayerStats) -> Inputs:
         assert self._calibration is not None
@@ -295,19 +330,23 @@ class Rounder:
             rows, mean, least = inputs.rows, inputs.stats.input_mean, gptq.MIN_ROWS
         else:  # the judge will say whether they were too few
             rows, mean, least = inputs.fitted, inputs.fitted_mean, 1
-        mean = turn(mean.unsqueeze(0), size).squeeze(0).to(self._device)
-        return gptq.factor(turn(rows.to(self._device), size), None if task.bias is None else mean, least)
+        mean = turn(mean.unsqueeze(0), size).squeeze(0).to(self._room.device)
+        return gptq.factor(turn(rows.to(self._room.device), size), None if task.bias is None else mean, least)
 
     def _shared_factor(self, task: Task, everything: bool) -> gptq.Factor | str:
         """The same for all layers of a group; the most recent ones are kept, bounded in bytes."""
         assert task.inputs is not None
-        key = task.inputs.stats.group, task.rotation, task.bias is not None, everything
+        key = task.inputs.stats.group, task.rotation, task.bias is not None, everything, self._room.device
         if key not in self._factors:
             self._factors[key] = self._factor(task, everything)
             while len(self._factors) > 1 and sum(map(_nbytes, self._factors.values())) > FACTOR_BYTES:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(key)
         return self._factors[key]
+
+    def _forget_device(self) -> None:
+        """Free what the GPU keeps for other layers."""
+        self._factors = OrderedDict((key, kept) for key, kept in self._factors.items() if key[-1] == CPU)
 
 
 def _nbytes(kept: gptq.Factor | str) -> int:

@@ -1,7 +1,8 @@
 """How one weight is rounded: to nearest, with searched scales, or by GPTQ (``gptq``).
 
-On the CPU chunk by chunk in several threads; on a GPU nearest rounding is comfy-kitchen's kernels. Formats know how to
-round; this module knows what to ask of them.
+On the CPU chunk by chunk in several threads; on a GPU nearest rounding is comfy-kitchen's kernels. Where a GPU's memory
+is short (``room``) a weight stays on the host and goes there in ``parts`` of its rows. Formats know how to round; this
+module knows what to ask of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..files.text import counted
 from ..formats import Codes, FileTensors, Format, Frame, join, turn
 from . import gptq, hswq
 from .parallel import Each, workers
+from .room import CPU
 
 # Elements per chunk: float32 temporaries then stay in the second-level cache (3x faster than a whole tensor).
 CHUNK = 1 << 19
@@ -47,7 +49,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def nearest(
-    weight: torch.Tensor, fmt: Format, device: torch.device, where: str, scale: torch.Tensor | None = None
+    weight: torch.Tensor,
+    fmt: Format,
+    device: torch.device,
+    where: str,
+    scale: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> Packed:
     """Round ``[out, ...]`` (any float dtype) to nearest in ``fmt``.
 
@@ -55,12 +62,12 @@ def nearest(
     ``where`` ("FILE: layer L") begins the message of the CalibQuantError raised for a NaN or Inf weight.
     """
     with workers(device) as each:
-        flat = own_basis(weight.reshape(weight.shape[0], -1), fmt, each).to(device)
-        rows = _chunk_rows(weight, fmt) if device.type == "cpu" else flat.shape[0]
+        flat = own_basis(weight.reshape(weight.shape[0], -1), fmt, each).to(_held(device, parts))
+        rows = _part_rows(flat, fmt, parts) if parts > 1 or device.type != "cpu" else _chunk_rows(weight, fmt)
         amax, energy = _scan(weight, flat, rows, where, each)
-        scale = fmt.tensor(flat, amax) if scale is None else scale.to(device)
-        if device.type == "cpu":
-            tensors, error = _by_chunks(flat, fmt, scale, rows, each)
+        scale = _moved(fmt.tensor(flat, amax) if scale is None else scale, device)
+        if device.type == "cpu" or parts > 1:
+            tensors, error = _by_chunks(flat, fmt, scale, rows, device, each)
         else:
             tensors, error = _by_kernel(flat, fmt, scale)
     if weight.dim() != 2:  # Conv weights are rounded as matrices and stored in their own shape
@@ -75,6 +82,7 @@ def searched(
     where: str,
     importance: torch.Tensor | None = None,
     tensor: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> Packed:
     """Scales chosen by the least sum of importance * (q - w)**2 instead of by the largest weight.
 
@@ -84,28 +92,34 @@ def searched(
     per_column = (torch.ones(weight.shape[1]) if importance is None else importance).to(device)
 
     def search(chunk: torch.Tensor) -> tuple[Codes, float]:
-        chunk, group = chunk.float(), fmt.group or chunk.shape[1]
+        chunk, group = chunk.to(device).float(), fmt.group or chunk.shape[1]
         frame = fmt.frame(chunk, tensor)
         chosen = fmt.choose(chunk.view(len(chunk), -1, group), frame, per_column.view(-1, group))
         codes = Codes(fmt.codes(chunk, chosen, frame), chosen, frame)
         return codes, squared_distance(chunk, fmt.dequantize(codes, tuple(chunk.shape)))
 
     with workers(device) as each:
-        flat, rows = own_basis(weight.to(device), fmt, each), _chunk_rows(weight, fmt)
+        flat, rows = own_basis(weight.to(_held(device, parts)), fmt, each), _chunk_rows(weight, fmt)
         amax, energy = _scan(weight, flat, rows, where, each)
-        tensor = _tensor_scale(flat, fmt, amax, per_column, rows, each) if tensor is None else tensor.to(device)
-        parts, errors = zip(*each(search, flat.split(max(1, SEARCHED // flat.shape[1]))), strict=True)
-        return _packed(fmt, join(parts), sum(errors), energy)
+        tensor = _moved(_tensor_scale(flat, fmt, amax, per_column, rows, each) if tensor is None else tensor, device)
+        at_once = max(1, min(SEARCHED // flat.shape[1], _part_rows(flat, fmt, parts)))
+        found, errors = zip(*each(search, flat.split(at_once)), strict=True)
+        return _packed(fmt, join(found), sum(errors), energy)
 
 
 def shared_scale(
-    weight: torch.Tensor, fmt: Format, device: torch.device, where: str, importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    fmt: Format,
+    device: torch.device,
+    where: str,
+    importance: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> torch.Tensor | None:
     """``Frame.tensor`` of a whole weight [out, in], for those who round a part of it: by the nearest rule, or, given
     the importance of columns, the searched one.
     """
     with workers(device) as each:
-        flat, rows = own_basis(weight.to(device), fmt, each), _chunk_rows(weight, fmt)
+        flat, rows = own_basis(weight.to(_held(device, parts)), fmt, each), _chunk_rows(weight, fmt)
         amax, _ = _scan(weight, flat, rows, where, each)
         if importance is None:
             return fmt.tensor(flat, amax)
@@ -114,6 +128,19 @@ def shared_scale(
 
 def own_basis(weight: torch.Tensor, fmt: Format, each: Each) -> torch.Tensor:
     return turn(weight, fmt.rotation(weight.shape[1]), each)
+
+
+def _held(device: torch.device, parts: int) -> torch.device:
+    """Where the whole weight lies while its parts are rounded on the device."""
+    return device if parts == 1 else CPU
+
+
+def _moved(scale: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if scale is None else scale.to(device)
+
+
+def _part_rows(flat: torch.Tensor, fmt: Format, parts: int) -> int:
+    return -(-len(flat) // (parts * fmt.rows)) * fmt.rows
 
 
 def _chunk_rows(weight: torch.Tensor, fmt: Format) -> int:
@@ -128,13 +155,13 @@ def _tensor_scale(
     if fmt.group or own is None or fmt.config(tuple(flat.shape)) is None or amax == 0:
         return own
     best, _ = hswq.search(hswq.histogram(flat.cpu(), importance.cpu()))
-    found = torch.tensor(best / hswq.TOP, device=flat.device)
+    found, own = torch.tensor(best / hswq.TOP, device=importance.device), own.to(importance.device)
 
     def cost(scale: torch.Tensor) -> float:
         grid = fmt.grid(None, Frame(scale))
 
         def part(chunk: torch.Tensor) -> float:
-            chunk = chunk.float()
+            chunk = chunk.to(importance.device).float()
             return ((grid.snap(chunk) - chunk).square() @ importance).sum().item()
 
         return sum(each(part, flat.split(rows)))
@@ -150,6 +177,7 @@ def by_gptq(
     where: str,
     inputs: gptq.Factor,
     tensor: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> Packed:
     """Error feedback over the columns (``gptq.quantize``). weight: [out, in].
 
@@ -157,11 +185,15 @@ def by_gptq(
     a part of.
     """
     with workers(device) as each:
-        flat = own_basis(weight.to(device, torch.float32), fmt, each)
+        flat = own_basis(weight.to(_held(device, parts), torch.float32), fmt, each)
         amax, energy = _scan(weight, flat, CHUNK // flat.shape[1] + 1, where, each)
-        tensor = fmt.tensor(flat, amax) if tensor is None else tensor.to(device)
-    codes = gptq.quantize(flat, fmt, tensor, inputs)
-    return _packed(fmt, codes, squared_distance(flat, fmt.dequantize(codes, tuple(flat.shape))), energy)
+        tensor = _moved(fmt.tensor(flat, amax) if tensor is None else tensor, device)
+    found, error = [], 0.0
+    for part in flat.split(_part_rows(flat, fmt, parts)):
+        wanted = part.to(device)
+        found.append(gptq.quantize(wanted, fmt, tensor, inputs))
+        error += squared_distance(wanted, fmt.dequantize(found[-1], tuple(wanted.shape)))
+    return _packed(fmt, join(found), error, energy)
 
 
 def _packed(fmt: Format, codes: Codes, error: float, energy: float) -> Packed:
@@ -203,10 +235,10 @@ def _damaged(tensor: torch.Tensor, where: str, what: str = "weight") -> str:
 
 
 def _by_chunks(
-    flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int, each: Each
+    flat: torch.Tensor, fmt: Format, tensor: torch.Tensor | None, rows: int, device: torch.device, each: Each
 ) -> tuple[FileTensors, float]:
     def quantize(chunk: torch.Tensor) -> tuple[Codes, float]:
-        chunk = chunk.float()
+        chunk = chunk.to(device).float()
         codes = fmt.quantize(chunk, tensor)
         return codes, squared_distance(chunk, fmt.dequantize(codes, tuple(chunk.shape)))
 
