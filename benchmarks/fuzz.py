@@ -414,7 +414,8 @@ def _kill(
         outcome, wrong = "whole", _digest(output) != whole["mxfp8"]
     others = [path.name for path in output.parent.iterdir() if path != output]
     wrong |= code not in ((-signal.SIGKILL, 0) if hard else (130, 0)) and not (code == -signal.SIGTERM and delay < 0.05)
-    wrong |= (not hard and bool(others)) or "Traceback" in log.read_text() or any(n[-8:] != ".partial" for n in others)
+    wrong |= (not hard and bool(others)) or "Traceback" in log.read_text()
+    wrong |= any(not name.endswith((".partial", ".journal")) for name in others)
     if wrong:
         counts.failures.append(f"{case}: {outcome}, beside it {others}, {log.read_text()[-300:]!r}")
     counts.outcomes[outcome] += 1

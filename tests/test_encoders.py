@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -101,11 +102,19 @@ def test_a_diffusion_model_with_a_language_model_in_it_stays_one(comfy: Path) ->
 # --- small ones, loaded by comfy.sd.load_clip
 
 
+def stock(encoder: Encoder, path: Path) -> Any:
+    """The CLIP object of the stock loader."""
+    try:
+        return load(encoder, path)
+    except FileNotFoundError as e:  # a mirror of ComfyUI without its largest files
+        pytest.skip(f"this checkout of ComfyUI lacks {e.filename}")
+
+
 @every_small
 def test_shared_inputs_are_those_of_the_running_encoder(encoder: Encoder, tmp_path: Path) -> None:
     shapes, _ = layout(encoder, narrow=True)
     path = models.save(tmp_path / "m.safetensors", random_state(shapes))
-    clip = load(encoder, path)
+    clip = stock(encoder, path)
     seen: dict[str, bytes] = {}
     for name, module in clip.cond_stage_model.named_modules():
         if hasattr(module, "in_features") and ".transformer." in name:
@@ -133,8 +142,8 @@ def saved(encoder: Encoder, path: Path) -> Path:
 def errors(encoder: Encoder, source: Source, quantized: Path) -> tuple[float, float]:
     """Of the stock loader's conditioning: against the 16-bit file's, and against the decoded weights'."""
     kept = {key: tensor.bfloat16() for key, tensor in decoded(source, quantized).items()}
-    beside = encode(encoder, load(encoder, models.save(quantized.with_name("d.safetensors"), kept)))
-    found, wanted = encode(encoder, load(encoder, quantized)), encode(encoder, load(encoder, source.path))
+    beside = encode(encoder, stock(encoder, models.save(quantized.with_name("d.safetensors"), kept)))
+    found, wanted = encode(encoder, stock(encoder, quantized)), encode(encoder, stock(encoder, source.path))
     return relative_error(found, wanted), relative_error(found, beside)
 
 
