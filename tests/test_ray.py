@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from quant_core.models.source import Source
 from quant_core.planning import folding, recipes, splitting
 
 LAYER = "layers.0.attention.out"
+STOPPED_AT = "layers.1.attention.qkv.weight"  # where some layers are rounded and others are not
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ from quant_core import jobs
 from quant_core.models.source import Source
 from quant_core.planning import recipes
 def die(done, total, text):
-    if text == "layers.1.attention.qkv.weight":
+    if text == {STOPPED_AT!r}:
         os._exit(9)
 with Source({str(file)!r}) as source:
     jobs.quantize(source, recipes.make_plan(source, "nvfp4"), {str(output)!r}, device="cpu", progress=die)
@@ -228,7 +230,8 @@ def test_several_files_are_a_task_each_and_a_bad_one_stops_no_other(
     cluster: Cluster, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Source(files[0]) as source:
-        calibration.save(seen(source), tmp_path / "c.safetensors")
+        info = {"architecture": "zimage", "source_fingerprint": "other"}
+        calibration.save(replace(seen(source), info=info), tmp_path / "c.safetensors")
     how = "--recipe", "nvfp4", "--calibration", tmp_path / "c.safetensors", "--force-calibration", "--device", "cpu"
     tensors = models.zimage()
     tensors[f"{LAYER}.weight"][-1, 5] = float("nan")
@@ -251,7 +254,7 @@ def test_several_files_are_a_task_each_and_a_bad_one_stops_no_other(
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 def test_a_file_whose_worker_is_killed_is_gone_on_with(cluster: Cluster, file: Path, tmp_path: Path) -> None:
-    log, output = tmp_path / "log", tmp_path / "o.safetensors"
+    log, died, output = tmp_path / "log", tmp_path / "died", tmp_path / "o.safetensors"
 
     def quantize(paths: tuple[Path, Path]) -> list[str]:
         """As an inner function it travels by value."""
@@ -265,13 +268,9 @@ def test_a_file_whose_worker_is_killed_is_gone_on_with(cluster: Cluster, file: P
             return plain(self, layer, *rest, **how)
 
         def die(done: int, total: int, text: str) -> None:
-            if text == "layers.1.attention.qkv.weight" and layers_so_far().count("layers.1.attention.out") == 0:
-                if not (tmp_path / "died").exists():
-                    (tmp_path / "died").touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        def layers_so_far() -> list[str]:
-            return log.read_text().split()
+            if text == STOPPED_AT and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
 
         Rounder.round = counted  # type: ignore[method-assign]
         try:
@@ -279,10 +278,10 @@ def test_a_file_whose_worker_is_killed_is_gone_on_with(cluster: Cluster, file: P
                 jobs.quantize(source, recipes.make_plan(source, "nvfp4"), paths[1], device="cpu", progress=die)
         finally:
             Rounder.round = plain  # type: ignore[method-assign]
-        return layers_so_far()
+        return log.read_text().split()
 
     ((_, rounded),) = cluster.each(quantize, [(file, output)], ["m"], "cpu", 0)
-    assert (tmp_path / "died").exists()
+    assert died.exists()
     again = {layer for layer in rounded if rounded.count(layer) > 1}
     assert len(again) <= 1 and "layers.0.attention.qkv" not in again  # the one that was not yet written
     with Source(file) as source:
@@ -313,9 +312,11 @@ def test_without_ray_one_line_says_what_to_install(
 
 def test_a_cluster_that_is_not_there_is_told(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    how = ["quantize", file, "-o", tmp_path / "o.safetensors", "--recipe", "nvfp4", "--ray", "auto"]
-    command = [sys.executable, "-m", "quant_core.cli", *map(str, how)]
-    outside = {**os.environ, "RAY_TMPDIR": str(tmp_path)}  # where no other cluster has left its address
-    done = subprocess.run(command, capture_output=True, text=True, cwd=models.ROOT, env=outside)
+    with socket.socket() as taken:  # and never listened at
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        how = ["quantize", file, "-o", tmp_path / "o.safetensors", "--recipe", "nvfp4", "--ray", address]
+        command = [sys.executable, "-m", "quant_core.cli", *map(str, how)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=models.ROOT)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --ray auto: no Ray cluster answers there (")
+    assert done.stderr.startswith(f"error: --ray {address}: no Ray cluster answers there (")

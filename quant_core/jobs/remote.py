@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +19,18 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
 from .. import __version__
 from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..files.text import counted
+from ..formats import FileTensors
 from ..models.folding import Merge
 from ..models.source import Source
 from ..planning.plan import Plan
+from ..reports.report import LayerReport
 from ..rounding.choice import Rounder
 from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 UNIT = 1 << 27  # weights that a task rounds at most, if it has more than one layer
 AHEAD = 2  # tasks for each that the cluster can run at once: rounded, but not yet written, or waiting
+ANSWER = 10.0  # seconds for a cluster to take a connection
 CANCELLING = 20.0  # seconds for tasks to clean up
 INSTALL = "needs the package ray: pip install 'calibquant[ray]'"
 
@@ -72,11 +77,15 @@ class Cluster:
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for it to report home
+        host, _, port = self._address.rpartition(":")
         here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if self._address == "local" else {}
         ours = signal.getsignal(signal.SIGTERM)
-        try:  # what workers print would be mixed with the results on stdout
+        try:
+            if host and port.isdecimal() and "/" not in host:  # Ray itself would try for many minutes
+                socket.create_connection((host, int(port)), timeout=ANSWER).close()
+            # what workers print would be mixed with the results on stdout
             self._ray.init(self._address, log_to_driver=False, logging_level="ERROR", **here)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as e:
+        except (OSError, OverflowError, RuntimeError, ValueError) as e:
             raise CalibQuantError(
                 f"--ray {self._address}: no Ray cluster answers there ({_first_line(e)}): start one with "
                 "`ray start --head`, or use --ray local"
@@ -119,12 +128,12 @@ class Cluster:
             raise found
         return found
 
-    def cancel(self, tasks: Sequence[Any]) -> None:
-        """Tell tasks to stop, and wait until they have cleaned up, or for CANCELLING seconds."""
+    def cancel(self, tasks: Sequence[Any], seconds: float) -> None:
+        """Tell tasks to stop, and wait until they have cleaned up, but no longer than this."""
         for task in tasks:
             self._ray.cancel(task)
         if tasks:
-            self._ray.wait(list(tasks), num_returns=len(tasks), timeout=CANCELLING)
+            self._ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
 
     def each(
         self, function: Callable[[Job], Any], jobs: Sequence[Job], names: Sequence[str], device: str, memory: int
@@ -143,7 +152,7 @@ class Cluster:
                 except CalibQuantError as e:
                     yield place, e
         finally:
-            self.cancel(list(doing))
+            self.cancel(list(doing), CANCELLING)
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class Layers:
         while layer not in self._made:
             while self._waiting and len(self._doing) < AHEAD * self._cluster.slots:
                 self._start([name for name in self._waiting.popleft() if not self._skip(name)])
-            self._made |= self._cluster.result(*self._doing[0])
+            self._made |= _unpacked(self._cluster.result(*self._doing[0]))
             self._doing.popleft()
         return self._made.pop(layer)
 
@@ -199,7 +208,7 @@ class Layers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._cluster.cancel([task for task, _ in self._doing])
+        self._cluster.cancel([task for task, _ in self._doing], 0)  # they hold nothing
 
     def _start(self, layers: list[str]) -> None:
         if not layers:
@@ -271,7 +280,7 @@ def _task(versions: tuple[str, ...], cpus: int, function: Callable[..., Any], *a
         return e
 
 
-def _round(unit: _Unit) -> dict[str, Made]:
+def _round(unit: _Unit) -> _Sent:
     with ExitStack() as files:
         source = files.enter_context(Source(unit.path, unit.architecture, unit.kinds, lossy=True))
         if source.checkpoint.fingerprint() != unit.fingerprint:
@@ -279,10 +288,32 @@ def _round(unit: _Unit) -> dict[str, Made]:
                 f"{unit.path}: is another file on the machine {platform.node()}: use storage that all machines share"
             )
         rounder = Rounder(pick_device(unit.device), unit.calibration, unit.rounding, source.short)
-        return {
-            layer: rounded(source, layer, entry, source.load(layer), rounder, unit.merge)
-            for layer, entry in unit.layers.items()
-        }
+        sent: _Sent = {}
+        for layer, entry in unit.layers.items():
+            made = rounded(source, layer, entry, source.load(layer), rounder, unit.merge)
+            sent[layer] = _bytes_of(made.tensors), made.report, _bytes_of(made.branch)
+        return sent
+
+
+# float8 tensors cannot be pickled (torch 2.13), and Ray moves arrays without a copy
+_Bytes = dict[str, tuple[np.ndarray, torch.dtype, torch.Size]]
+_Sent = dict[str, tuple[_Bytes, LayerReport, _Bytes]]
+
+
+def _bytes_of(tensors: FileTensors) -> _Bytes:
+    flat = {key: tensor.cpu().contiguous().view(-1).view(torch.uint8) for key, tensor in tensors.items()}
+    return {key: (flat[key].numpy(), tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+
+
+def _tensors_of(sent: _Bytes) -> FileTensors:
+    return {key: torch.from_numpy(raw.copy()).view(dtype).view(shape) for key, (raw, dtype, shape) in sent.items()}
+
+
+def _unpacked(sent: _Sent) -> dict[str, Made]:
+    return {
+        layer: Made(_tensors_of(tensors), report, _tensors_of(branch))
+        for layer, (tensors, report, branch) in sent.items()
+    }
 
 
 def _versions() -> tuple[str, ...]:
