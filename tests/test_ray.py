@@ -230,8 +230,9 @@ def test_several_files_are_a_task_each_and_a_bad_one_stops_no_other(
     cluster: Cluster, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Source(files[0]) as source:
-        info = {"architecture": "zimage", "source_fingerprint": "other"}
-        calibration.save(replace(seen(source), info=info), tmp_path / "c.safetensors")
+        known = seen(source)
+    info = {**known.info, "architecture": "zimage", "source_fingerprint": "of another file"}
+    calibration.save(replace(known, info=info), tmp_path / "c.safetensors")
     how = "--recipe", "nvfp4", "--calibration", tmp_path / "c.safetensors", "--force-calibration", "--device", "cpu"
     tensors = models.zimage()
     tensors[f"{LAYER}.weight"][-1, 5] = float("nan")

@@ -88,7 +88,7 @@ class Cluster:
         except (OSError, OverflowError, RuntimeError, ValueError) as e:
             raise CalibQuantError(
                 f"--ray {self._address}: no Ray cluster answers there ({_first_line(e)}): start one with "
-                "`ray start --head`, or use --ray local"
+                "`ray start --head`, give its token as Ray wants it (RAY_AUTH_MODE), or use --ray local"
             ) from e
         finally:
             if threading.current_thread() is threading.main_thread():  # Ray puts its own in place
