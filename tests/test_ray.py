@@ -37,7 +37,7 @@ def cluster() -> Iterator[Cluster]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(models.ROOT)  # of the workers
     here = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(num_cpus=2, _node_ip_address="127.0.0.1", **here)
+    ray.init("local", num_cpus=2, _node_ip_address="127.0.0.1", **here)
     try:
         with Cluster("auto") as joined:
             yield joined
