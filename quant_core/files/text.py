@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibQuantError
+from ..errors import CalibQuantError, printable
 from .disk import NewFile, check_input, check_output, reason
 
 MAX_TEXT = 256 << 20  # bytes; a plan has a few MB
@@ -118,6 +119,15 @@ def gigabytes(nbytes: int, beside: int | None = None) -> str:
 def change_of_size(before: int, after: int) -> str:
     """Both sizes in one unit."""
     return f"{gigabytes(before, after)} → {gigabytes(after, before)}"
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """A table, each cell on one line."""
+    cells = [[printable(cell.replace("\n", "; ")) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -6,7 +6,18 @@ from .conversion import convert
 from .error_lora import error_lora
 from .finished import QuantizedFile
 from .quantization import quantize
+from .remote import Cluster
 from .reuse import find_finished
 from .verification import verify
 
-__all__ = ["QuantizedFile", "compare", "concat_loras", "convert", "error_lora", "find_finished", "quantize", "verify"]
+__all__ = [
+    "Cluster",
+    "QuantizedFile",
+    "compare",
+    "concat_loras",
+    "convert",
+    "error_lora",
+    "find_finished",
+    "quantize",
+    "verify",
+]

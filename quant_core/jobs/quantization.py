@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from ..errors import CalibQuantError
 from ..evidence.calibration import Calibration
 from ..files.checkpoint import HASH_PLACEHOLDER, Checkpoint, Hasher, Writer, check_target, file_size
 from ..files.disk import remove_abandoned, stat_of
-from ..formats import SOURCE, FileTensors
-from ..models import folding, lora
+from ..formats import SOURCE
+from ..models import folding
 from ..models.folding import Merge
 from ..models.source import Source
 from ..models.splitfile import branch_path
@@ -23,8 +25,6 @@ from ..planning import folds
 from ..planning.layout import (
     branch_metadata,
     branch_specs,
-    encode_config,
-    layer_config,
     output_metadata,
     output_specs,
     predicted_size,
@@ -38,7 +38,9 @@ from ..rounding.layerplan import LayerPlan
 from ..rounding.pack import pick_device, refuse_damaged
 from ..rounding.parallel import threads
 from . import reuse, verification
+from .layer import bias_key, rounded
 from .pipeline import Behind, ahead
+from .remote import Cluster, Layers
 
 
 def quantize(
@@ -55,6 +57,7 @@ def quantize(
     verify: bool = False,
     lora_output: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write ``source`` quantized by ``plan`` to ``output`` (``*.safetensors``, loadable by stock ComfyUI).
@@ -67,6 +70,7 @@ def quantize(
     verify: re-read the finished file (``verification``) before it gets its name; a file that fails never has it.
     lora_output: where the LoRA of a split plan goes (default: beside the output, which must be named *.split).
     What a killed run of the same job had rounded is kept, and the file the same to the byte; fresh: begin anew.
+    cluster: rounds the layers on its machines, to the same bytes; read and written is here.
     progress may raise: then nothing stays behind. Peak memory is a few times the largest tensor.
     Raises CalibQuantError for a NaN/Inf weight, a plan of another model, a full disk, an existing target.
     """
@@ -74,7 +78,7 @@ def quantize(
     output = Path(output)
     refuse_itself(source.checkpoint, output)
     branches = _branch_target(source, plan, output, lora_output)
-    where, merge = pick_device(device), merge or {}
+    where, merge = cluster.device(device) if cluster else pick_device(device), merge or {}
     if calibration is None and plan.seen is not None:
         calibration = plan.seen()
     _check_merge(source, merge)
@@ -92,7 +96,11 @@ def quantize(
     try:
         with ExitStack() as files:  # the LoRA gets its name first: no main file is ever without one
             writer, beside = _open(files, source, plan, output, branches, merged, overwrite, going_on)
-            layers = _write_tensors(source, plan, writer, beside, rounder, merge, steps.write)
+            kept = cache(lambda layer: _kept(layer, plan.layers.get(layer), writer, beside))
+            by: Rounder | Layers = rounder
+            if cluster:
+                by = files.enter_context(Layers(cluster, source, plan, calibration, rounding, where, merge, kept))
+            layers = _write_tensors(source, plan, writer, beside, kept, by, merge, steps.write)
             used = {layer.rounding.removesuffix(WITH_BIAS) for layer in layers}
             branch, unnamed = _finish_branch(source, plan, writer, beside, hasher, merged)
             writer.set_metadata(output_metadata(source, plan, hasher.result(), merged, used, branch, job))
@@ -178,18 +186,22 @@ def _write_tensors(
     plan: Plan,
     writer: Writer,
     beside: Writer | None,
-    rounder: Rounder,
+    kept: Callable[[str], LayerReport | None],
+    rounder: Rounder | Layers,
     merge: Merge,
     progress: Progress,
 ) -> list[LayerReport]:
     keys = [key for key in source.checkpoint.entries if key not in source.consumed]
-    written = {_bias_key(layer) for layer, entry in plan.layers.items() if entry.format != SOURCE}
+    rounding = plan.quantized()
+    written = {bias_key(layer) for layer in rounding}
 
     def read(key: str) -> torch.Tensor | LayerReport | None:
         """What is more than a copy; of a layer that a killed run had written, its report."""
         layer = key.removesuffix(".weight")
-        if key != layer and (done := _kept(layer, plan.layers.get(layer), writer, beside)):
+        if key != layer and (done := kept(layer)):
             return done
+        if key != layer and layer in rounding and isinstance(rounder, Layers):  # they read it there
+            return None
         if source.is_scaled(key) or (key != layer and layer in plan.layers):
             return source.load(layer)
         if source.halves(key):
@@ -207,18 +219,20 @@ def _write_tensors(
             entry = plan.layers.get(layer) if key.endswith(".weight") else None
             if isinstance(tensor, LayerReport):
                 reports.append(tensor)
+            elif entry and layer in rounding:
+                if isinstance(rounder, Layers):
+                    made = rounder.made(layer)
+                else:
+                    made = rounded(source, layer, entry, tensor, rounder, merge)
+                put(writer.write_part, layer, made.tensors, asdict(made.report))
+                if beside and made.branch:
+                    put(beside.write_part, layer, made.branch, {})
+                reports.append(made.report)
             elif tensor is None:
                 put(writer.write_chunks, key, source.checkpoint.chunks(key))
-            elif entry and entry.format != SOURCE:
-                tensor = folding.merged(tensor, key, merge)
-                tensors, report, factors = _round(source, layer, entry, tensor, rounder, merge)
-                put(writer.write_part, layer, tensors, asdict(report))
-                if beside and factors:
-                    put(beside.write_part, layer, factors, {})
-                reports.append(report)
             else:
-                kept = source.kept_dtype(layer) if entry or source.is_scaled(key) else tensor.dtype
-                tensor = folding.merged(tensor, key, merge).to(kept)
+                dtype = source.kept_dtype(layer) if entry or source.is_scaled(key) else tensor.dtype
+                tensor = folding.merged(tensor, key, merge).to(dtype)
                 if entry:
                     refuse_damaged(tensor, f"{source.path}: layer {layer}")
                     reports.append(LayerReport(layer, SOURCE, 0.0, source.shape(layer), tensor.nbytes, entry.reason))
@@ -237,49 +251,6 @@ def _kept(layer: str, entry: LayerPlan | None, writer: Writer, beside: Writer | 
     return LayerReport(**{**note, "shape": tuple(note["shape"])})
 
 
-def _round(
-    source: Source, layer: str, entry: LayerPlan, weight: torch.Tensor, rounder: Rounder, merge: Merge
-) -> tuple[FileTensors, LayerReport, FileTensors]:
-    """The tensors of a layer under their keys, its bias among them; its report; its branch."""
-    bias = _bias(source, layer, merge)
-    done = rounder.round(layer, entry, weight, f"{source.path}: layer {layer}", bias)
-    packed, tensors = done.packed, {**done.packed.tensors}
-    if entry.input_scale is not None:
-        tensors["input_scale"] = torch.tensor(entry.input_scale, dtype=torch.float32)
-    tensors |= done.extra
-    config = layer_config(entry, source.shape(layer))
-    if config is not None:
-        tensors["comfy_quant"] = encode_config(config)
-    nbytes = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
-    error = packed.error / packed.energy if packed.energy else packed.error
-    report = LayerReport(
-        layer,
-        entry.format,
-        error,
-        source.shape(layer),
-        nbytes,
-        entry.reason,
-        done.gains,
-        done.rounding,
-        done.note,
-        done.output_errors,
-        done.loader_error,
-        0.0 if done.bias is None or bias is None else (done.bias.float() - bias.float()).norm().item(),
-        done.held_out,
-        entry.rank,
-        done.unsplit_error,
-        done.fallback,
-    )
-    stored = {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    if bias is not None:
-        stored[_bias_key(layer)] = bias if done.bias is None else done.bias
-    factors = {}
-    if done.branch:
-        keys = lora.keys(source.short(layer))
-        factors = dict(zip(keys, (done.branch.up, done.branch.down), strict=True))
-    return stored, report, factors
-
-
 def _halved(source: Source, key: str) -> torch.Tensor:
     """A tensor of float32 as float16; CalibQuantError for values that it cannot hold."""
     tensor = source.checkpoint.read(key)
@@ -287,21 +258,6 @@ def _halved(source: Source, key: str) -> torch.Tensor:
     if not half.isfinite().all() and tensor.isfinite().all():
         raise CalibQuantError(f"{source.path}: tensor {key} has values above float16's: leave its part as it is")
     return half
-
-
-def _bias_key(layer: str) -> str:
-    return f"{layer}.bias"
-
-
-def _bias(source: Source, layer: str, merge: Merge) -> torch.Tensor | None:
-    """The layer's bias [out] with its patches, in the dtype it is kept in; None where there is none."""
-    key = _bias_key(layer)
-    if key not in source.checkpoint.entries:
-        return None
-    bias = source.checkpoint.read(key)
-    patched = folding.merged(bias, key, merge).to(bias.dtype)
-    refuse_damaged(patched, f"{source.path}: layer {layer}", "bias")
-    return patched
 
 
 def _check_merge(source: Source, merge: Merge) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import printable
+from ..files.text import columns
 from .journal import DONE, FAILED
 from .run import Row
 
@@ -21,11 +21,7 @@ def as_text(rows: Sequence[Row]) -> str:
         settings = [str(row.job.settings.get(label, "")) for label in labels]
         seconds = "" if row.outcome.seconds is None else f"{row.outcome.seconds:.1f}"
         lines.append([str(row.number), *settings, row.server, seconds, _end(row)])
-    cells = [[printable(cell.replace("\n", "; ")) for cell in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+    return columns(lines)
 
 
 def as_json(rows: Sequence[Row]) -> str:
