@@ -159,9 +159,10 @@ class ModelFile:
         if self.architecture.name == "generic":
             notes.append(self._guessed())
         if self.banks:
+            known = "no diffusion model of ComfyUI reads scales for 3-D weights"
+            reason = known if self.architecture.part == "model" else "3-D weights are not quantized here"
             notes.append(
-                f"{len(self.banks)} banks of experts (such as {self.banks[0]}) stay in the source dtype: no diffusion "
-                "model of ComfyUI reads scales for 3-D weights"
+                f"{len(self.banks)} banks of experts (such as {self.banks[0]}) stay in the source dtype: {reason}"
             )
         return notes
 
