@@ -70,7 +70,7 @@ def test_every_node_has_its_line_among_the_nodes() -> None:
 
 def test_pages_use_only_known_tags() -> None:
     tags = {tag for page in PAGES for tag in re.findall(r"^```(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
-    assert tags <= {"sh", "python", "console"}
+    assert tags <= {"sh", "python", "console", "diff"}
 
 
 def test_the_registry_finds_what_pyproject_names() -> None:

@@ -344,6 +344,7 @@ def test_progress_counts_layers_and_says_the_time_left(
         return clock[0]
 
     monkeypatch.setattr(feedback, "time", SimpleNamespace(monotonic=monotonic))
+    _module(pack, "probe")._latest.clear()  # what another test has read already
     for found in (None, linked(replace(seen, info={**seen.info, "tool": "another"}))):
         quantize(pack, card="RTX 50", calibration=found)
     for what in (f"reading the weights of {MODEL}", f"trying formats on {MODEL}", f"quantizing {MODEL}", "verifying "):
