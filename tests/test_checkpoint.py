@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import models
 import pytest
@@ -485,3 +486,22 @@ def test_memory_is_a_few_times_the_largest_tensor(tmp_path: Path) -> None:
 def test_two_sizes_have_one_unit() -> None:
     assert change_of_size(150_000_000, 74_000_000) == "150.00 MB → 74.00 MB"
     assert change_of_size(12_300_000_000, 3_460_000_000) == "12.30 GB → 3.46 GB"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX systems")
+def test_a_run_whose_new_file_another_took_for_abandoned_makes_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, flock, rivals = tmp_path / "out.bin", disk.fcntl.flock, [1]
+
+    def late(file: Any, how: int) -> None:
+        if rivals:  # between the file's making and its lock
+            rivals.pop()
+            disk.remove_abandoned(target)
+        flock(file, how)
+
+    monkeypatch.setattr(disk.fcntl, "flock", late)
+    with disk.NewFile(target) as new:
+        new.file.write(b"whole")
+        new.publish(overwrite=False)
+    assert not rivals and target.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [target]

@@ -94,18 +94,31 @@ class NewFile:
         return journal_of(self.path)
 
     def _create(self) -> None:
-        self.path = _partial_name(self.target)
-        with self._errors():
-            _unfinished.add(self)  # first, so that an interruption between the next two lines leaves nothing
-            try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS
-                self.file = os.fdopen(os.open(self.path, flags, 0o666), "w+b")
-            except OSError:
-                _unfinished.discard(self)
-                raise
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: then leftovers stay, too
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            self.path = _partial_name(self.target)
+            with self._errors():
+                _unfinished.add(self)  # first, so that an interruption between the next two lines leaves nothing
+                try:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | FLAGS
+                    self.file = os.fdopen(os.open(self.path, flags, 0o666), "w+b")
+                except OSError:
+                    _unfinished.discard(self)
+                    raise
+            if self._keep():
+                return
+            self.file.close()
+
+    def _keep(self) -> bool:
+        """Lock the new file; False where another run, which begins just now, took it for abandoned before that."""
+        if fcntl is None:
+            return True
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: then leftovers stay, too
+            return True
+        return self.path.exists()
 
     def publish(self, overwrite: bool) -> None:
         """Give the file its name, durably. Without ``overwrite`` a file that appeared there meanwhile is refused."""
