@@ -190,6 +190,10 @@ def correlated(rows: int, width: int, seed: int) -> torch.Tensor:
 # --- processes
 
 
+# Environment in which glibc gives freed memory back at once, so that a peak is of what was in use.
+FREED_AT_ONCE = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
 def python(code: str, *arguments: object) -> list[str]:
     """The command that runs this code in a Python of its own; to be started in ``ROOT``."""
     return [sys.executable, "-c", code, *map(str, arguments)]

@@ -25,8 +25,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 def peak(*words: str | Path) -> int:
     """Bytes."""
     command = [sys.executable, "-c", SCRIPT, *map(str, words)]
-    # What is freed goes back at once: else glibc keeps more or less of it.
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **models.FREED_AT_ONCE}
     done = subprocess.run(
         command, cwd=models.ROOT, env=environment, capture_output=True, text=True, check=True, timeout=300
     )
